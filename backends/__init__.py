@@ -1,0 +1,1 @@
+"""The built-in backends, one file per lowering, found through the entry points `rewrite.backends`."""

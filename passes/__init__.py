@@ -1,0 +1,1 @@
+"""The built-in passes, one file per method, found through the entry points `rewrite.passes`."""

@@ -1,0 +1,307 @@
+"""``nn.Module`` and example inputs in, ``Program`` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .align import Alignment, align
+from .codegen import copy_graph
+from .composites import raise_composites
+from .errors import RewriteError
+from .flatten import drop_dead, flatten
+from .functions import AutogradFunction
+from .graphs import aten, attribute, call_arguments, overload, packet
+from .interface import Argument, Interface, named_arguments
+from .lift import lift_layers
+from .literals import drop_idle_casts, follow_devices, follow_dtypes
+from .program import Dimension, LayerGraph, Opaque, Origin, Program
+from .regions import Region, group_contexts
+from .skeleton import Constants, Skeleton
+from .switch import needs_other_graph, switch_modes
+from .trace import Inputs, Trace, bind_inputs, fake_copy, fake_inputs, isolate, trace
+
+_TRAINING_ARGUMENTS = ("train", "training", "dropout_p")
+
+
+def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+    """Capture a model as a program that shares its tensors; the model is neither run nor changed.
+
+    ``args`` and ``kwargs`` are example inputs; their batch and token dimensions become dynamic (give a batch of 2 or
+    more: sizes 0 and 1 cannot). Raises RewriteError when torch.export cannot capture the model.
+    """
+    if isinstance(model, LayerGraph):
+        raise RewriteError("this is a program's module already: pass the program itself")
+    if not isinstance(model, nn.Module):
+        raise RewriteError(f"capture takes an nn.Module, not {type(model).__name__}")
+    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
+        raise RewriteError("args must be a tuple of example inputs: args=(x,)")
+    return _Capture(model, bind_inputs(model, args, kwargs)).run(tuple(args), dict(kwargs or {}))
+
+
+class _Capture:
+    """One capture: the traces it takes and what it measured and noticed."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model = model
+        self.inputs = _widened(inputs)
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.untrained = ""
+        self.dtype = _native_dtype(model, inputs)
+        self.other = torch.bfloat16 if self.dtype is not torch.bfloat16 else torch.float32
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        train = self._timed("export", self._training)
+        evaluation = self._timed("check", self._evaluation)
+        self.notes += [*train.notes, *(f"output {name} is dropped: it is no registered pytree" for name in train.dropped)]
+        began = time.perf_counter()
+        module = self._lift(train, evaluation)
+        self.seconds["lift"] = time.perf_counter() - began
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        kind = type(self.model)
+        origin = Origin(f"{kind.__module__}.{kind.__qualname__}", shapes, self.seconds, tuple(self.notes))
+        opaque = opaque_parts(module)
+        if self.untrained:
+            opaque = (Opaque("", "training mode", self.untrained), *opaque)
+        return Program(module, args, kwargs, dimensions(module.graph), opaque, origin)
+
+    def _timed(self, name: str, action: Any) -> Any:
+        began = time.perf_counter()
+        result = action()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return result
+
+    def _training(self) -> Trace:
+        """The model in training mode; in evaluation mode where its training cannot be exported."""
+        try:
+            return trace(isolate(self.model), self.inputs, training=True)
+        except RewriteError as error:
+            try:
+                found = self._native_evaluation()
+            except RewriteError:
+                raise error from None
+            self.notes.append(f"training mode is not captured, the program trains its evaluation graph: {error}")
+            self.untrained = str(error)
+            return found
+
+    def _evaluation(self) -> tuple[Trace, torch.dtype]:
+        """The model in evaluation mode, in another dtype if it can be traced so: one trace answers two questions."""
+        try:
+            copy, mode = fake_copy(self.model, self.other)
+            return trace(copy, fake_inputs(self.inputs, mode, self.other), training=False), self.other
+        except RewriteError as error:
+            self.notes.append(f"dtypes that the code names are kept as captured: in {self.other} {error}")
+            return self._native_evaluation(), self.dtype
+
+    def _native_evaluation(self) -> Trace:
+        return trace(isolate(self.model), self.inputs, training=False)
+
+    def _lift(self, train: Trace, evaluation: tuple[Trace, torch.dtype]) -> LayerGraph:
+        skeleton = Skeleton(self.model)
+        graph = prepared(train.graph_module)
+        check, check_dtype = prepared(evaluation[0].graph_module), evaluation[1]
+        output_specs = (train.graph_module._out_spec, evaluation[0].graph_module._out_spec)
+        interface = _interface(self.inputs, graph, output_specs, tuple(train.dropped))
+        self._align(graph, check, check_dtype, skeleton)
+        drop_idle_casts(graph)
+        finish(graph, skeleton, self.model, train)
+        module = LayerGraph(skeleton.root, graph, interface)
+        _copy_modes(self.model, module)
+        return module
+
+    def _align(self, graph: Graph, check: Graph, check_dtype: torch.dtype, skeleton: Skeleton) -> None:
+        """Compare with the check trace: where modes differ make regions, and let dtype literals follow."""
+        alignment = align(graph, check, self.dtype, check_dtype)
+        partner = alignment.partner
+        if alignment.chunks and needs_other_graph(alignment) and check_dtype is not self.dtype:
+            native = self._timed("check", self._native_evaluation)
+            middle = prepared(native.graph_module)
+            between = align(middle, check, self.dtype, check_dtype)
+            alignment = align(graph, middle, self.dtype, self.dtype)
+            partner = {a: between.partner[m] for a, m in alignment.partner.items() if m in between.partner}
+            follow_dtypes(middle, between.partner, check, self.dtype, check_dtype)
+        _note_modes(alignment)
+        skeleton.index(graph)
+        switch_modes(graph, middle if alignment.partner is not partner else check, alignment, skeleton.place)
+        if check_dtype is not self.dtype:
+            follow_dtypes(graph, partner, check, self.dtype, check_dtype)
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    """The inputs with a batch of one doubled: a size of one would be baked into the graph."""
+    tensors = [v for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+               if isinstance(v, torch.Tensor) and v.dim()]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return inputs
+
+    def double(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
+
+    args, kwargs = pytree.tree_map(double, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(inputs.signature, args, kwargs)
+
+
+def _native_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
+    """The dtype that most floating parameters have; without parameters, that of the inputs."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    if counts:
+        return max(counts, key=lambda d: counts[d])
+    floats = [v.dtype for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+              if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return floats[0] if floats else torch.float32
+
+
+def prepared(module: GraphModule) -> Graph:
+    """An export's graph, flat, with BatchNorm's counters folded into the calls they belong to."""
+    flatten(module)
+    graph = copy_graph(module.graph)
+    _drop_batch_counters(graph)
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # a view may be impossible once another pass changed its input
+    return graph
+
+
+def _drop_batch_counters(graph: Graph) -> None:
+    """Drop ``num_batches_tracked += 1`` where the same module's batch_norm follows: the layer counts by itself."""
+    normed = {str(n.args[3].target).rpartition(".")[0] for n in graph.nodes
+              if packet(n) is aten.batch_norm and isinstance(n.args[3], Node) and n.args[5] is True}
+    for node in list(graph.nodes):
+        path, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and name == "num_batches_tracked" and path in normed:
+            chain = [node]
+            for last in chain:
+                chain += [u for u in last.users if packet(u) is aten.add_]
+            for last in reversed(chain[1:]):
+                if not last.users:
+                    graph.erase_node(last)
+
+
+def _note_modes(alignment: Alignment) -> None:
+    """Mark which operators were seen in both modes, and which of their arguments depend on it."""
+    for ours, theirs in alignment.partner.items():
+        ours.meta["aligned"] = True
+        if overload(ours) is None:
+            continue
+        others = call_arguments(theirs)
+        modes = {name: (value, others[name]) for name, value in call_arguments(ours).items()
+                 if name in _TRAINING_ARGUMENTS and others[name] != value}
+        if modes:
+            ours.meta["modes"] = modes
+
+
+def finish(graph: Graph, skeleton: Skeleton, model: nn.Module, train: Trace) -> None:
+    """From an aligned flat graph to the layer graph: contexts, composites, layers, devices, constants."""
+    skeleton.index(graph)
+    group_contexts(graph, skeleton.place)
+    raise_composites(graph, skeleton)
+    lift_layers(graph, skeleton, model, train.functions)
+    follow_devices(graph)
+    drop_dead(graph)
+    _adopt_constants(graph, skeleton, train.graph_module)
+    graph.lint()
+
+
+def _adopt_constants(graph: Graph, skeleton: Skeleton, module: GraphModule) -> None:
+    """Give the skeleton the tensors that the code holds as constants, and the bodies of higher-order operators."""
+    found: dict[str, torch.Tensor] = {}
+    home = skeleton.fresh("constants")
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or attribute(skeleton.root, str(node.target)) is not None:
+            continue
+        value = attribute(module, str(node.target))
+        if isinstance(value, nn.Module):
+            skeleton.root.add_module(str(node.target), value)
+        elif isinstance(value, torch.Tensor):
+            name = str(node.target).replace(".", "_")
+            found[name] = value
+            node.target = f"{home}.{name}"
+    if found:
+        skeleton.root.add_module(home, Constants(found))
+
+
+def _interface(inputs: Inputs, graph: Graph, output_specs: tuple[Any, Any], dropped: tuple[str, ...]) -> Interface:
+    """The calling convention; graph inputs that were plain values are folded and removed."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    flat = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+    if len(flat) != len(placeholders):
+        raise RewriteError(f"the export has {len(placeholders)} inputs where {len(flat)} were given")
+    place = {}
+    for position, (node, value) in enumerate(zip(placeholders, flat, strict=True)):
+        if isinstance(value, torch.Tensor):
+            place[position] = len(place)
+        else:
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+    shapes = tuple(tuple(fixed_size(s) for s in n.meta["val"].shape)
+                   for n in graph.nodes if n.op == "placeholder")
+    values = named_arguments(inputs.signature, inputs.args, inputs.kwargs)
+    arguments, position = [], 0
+    for name, value in values.items():
+        leaves, spec = pytree.tree_flatten(value)
+        span = range(position, position + len(leaves))
+        position += len(leaves)
+        arguments.append(Argument(name, spec, tuple(place.get(i) for i in span),
+                                  tuple(None if i in place else leaf for i, leaf in zip(span, leaves, strict=True))))
+    return Interface(inputs.signature, tuple(arguments), len(place), output_specs, shapes, dropped)
+
+
+def _copy_modes(model: nn.Module, module: LayerGraph) -> None:
+    """Give every layer the mode of the module at its path; layers that lifting added take their parent's."""
+    def walk(ours: nn.Module, theirs: nn.Module | None, training: bool) -> None:
+        ours.training = theirs.training if theirs is not None else training
+        for name, child in ours._modules.items():
+            if child is not None:
+                walk(child, theirs._modules.get(name) if theirs is not None else None, ours.training)
+
+    walk(module, model, model.training)
+
+
+def dimensions(graph: Graph) -> tuple[Dimension, ...]:
+    """Every dimension of every graph input, with the reason where it is static."""
+    found = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            fixed = fixed_size(size)
+            number = size.node.hint if fixed is None else fixed
+            reason = "" if fixed is None else "an example size of 1" if fixed == 1 else "the model's code fixes it"
+            found.append(Dimension(node.name, axis, number, fixed is None, reason))
+    return tuple(found)
+
+
+def fixed_size(size: Any) -> int | None:
+    """The number that a size is or was specialised to, None for a dynamic one."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else None
+    return int(size)
+
+
+def opaque_parts(module: LayerGraph) -> tuple[Opaque, ...]:
+    """What passes cannot see into: regions (with what made them) and custom autograd functions."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        layer = module.get_submodule(str(node.target))
+        if type(layer) is Region:
+            found.append(Opaque(str(node.target), "region", layer.reason))
+        elif isinstance(layer, AutogradFunction):
+            function = layer.call.function
+            found.append(Opaque(str(node.target), "autograd function", f"{function.__qualname__} has its own backward"))
+    return tuple(dict.fromkeys(found))
+
+

@@ -1,0 +1,126 @@
+"""Custom ``torch.autograd.Function`` calls: recorded while tracing, since their backward vanishes in an export.
+
+While a model is traced, each call of such a function becomes one node of the operator ``rewrite::autograd_function``;
+lifting turns the node into an ``AutogradFunction`` layer that calls the user's function, backward included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass
+class FunctionCall:
+    """A call ``function.apply(*args)``: where the tensors stand among the arguments, and the output structure."""
+
+    function: type[torch.autograd.Function]
+    spec: pytree.TreeSpec
+    constants: tuple[Any, ...]
+    tensor_places: tuple[int, ...]
+    output_spec: pytree.TreeSpec | None = None
+    output_constants: tuple[Any, ...] = ()
+    output_places: tuple[int, ...] = ()
+
+    def arguments(self, tensors: list[torch.Tensor]) -> Any:
+        leaves = list(self.constants)
+        for place, tensor in zip(self.tensor_places, tensors, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+_calls: ContextVar[list[FunctionCall] | None] = ContextVar("calls of custom autograd functions", default=None)
+
+
+@torch.library.custom_op("rewrite::autograd_function", mutates_args=())
+def autograd_function(tensors: list[torch.Tensor], index: int) -> list[torch.Tensor]:
+    """Stands for a custom autograd function in a trace; it is never run."""
+    raise RuntimeError("rewrite::autograd_function only exists while a model is traced")
+
+
+@autograd_function.register_fake
+def _fake(tensors: list[torch.Tensor], index: int) -> list[torch.Tensor]:
+    calls = _calls.get()
+    if calls is None:
+        raise RuntimeError("rewrite::autograd_function only exists while a model is traced")
+    call = calls[index]
+    with torch.no_grad():
+        outputs = _original_apply(call.function, *call.arguments(tensors))
+    leaves, spec = pytree.tree_flatten(outputs)
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    call.output_spec, call.output_places = spec, places
+    call.output_constants = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
+    return [leaves[i].clone() if any(leaves[i] is t for t in tensors) else leaves[i] for i in places]
+
+
+_base_apply = torch.autograd.Function.__dict__["apply"]
+
+
+def _original_apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return _base_apply.__get__(None, function)(*args)
+
+
+def _traced_apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    calls = _calls.get()
+    if calls is None or function.__module__.startswith("torch."):
+        return _base_apply.__get__(None, function)(*args, **kwargs)
+    leaves, spec = pytree.tree_flatten(args)
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    constants = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
+    call = FunctionCall(function, spec, constants, places)
+    calls.append(call)
+    outputs = autograd_function([leaves[i] for i in places], len(calls) - 1)
+    assert call.output_spec is not None
+    merged = list(call.output_constants)
+    for place, output in zip(call.output_places, outputs, strict=True):
+        merged[place] = output
+    return pytree.tree_unflatten(merged, call.output_spec)
+
+
+@contextlib.contextmanager
+def recorded_functions(notes: list[str]) -> Iterator[list[FunctionCall]]:
+    """Record custom autograd functions, and note activation checkpointing, while a model is traced."""
+    calls: list[FunctionCall] = []
+    token = _calls.set(calls)
+    generator = checkpointing._checkpoint_without_reentrant_generator
+    reentrant = checkpointing.CheckpointFunction.__dict__.get("apply")
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note = "activation checkpointing is not part of the layer graph: checkpointed regions are run without it"
+        if note not in notes:
+            notes.append(note)
+        return generator(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(_traced_apply)  # type: ignore[assignment,method-assign]
+    checkpointing._checkpoint_without_reentrant_generator = noted
+    try:
+        yield calls
+    finally:
+        torch.autograd.Function.apply = _base_apply  # type: ignore[method-assign]
+        checkpointing._checkpoint_without_reentrant_generator = generator
+        assert reentrant is None
+        _calls.reset(token)
+
+
+class AutogradFunction(nn.Module):
+    """Calls a user's own autograd function; its forward and backward are opaque to passes."""
+
+    def __init__(self, call: FunctionCall) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        outputs = self.call.function.apply(*self.call.arguments(list(tensors)))
+        leaves = pytree.tree_leaves(outputs)
+        return [leaves[i] for i in self.call.output_places]
+
+    def extra_repr(self) -> str:
+        return f"{self.call.function.__module__}.{self.call.function.__qualname__}"

@@ -1,0 +1,63 @@
+"""Layers of the layer graph that ``torch.nn`` has no class for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ScaledDotProductAttention(nn.Module):
+    """softmax(q kᵀ · scale + mask) v, with dropout of the attention weights in training.
+
+    ``scale`` None means 1/√(head size); ``enable_gqa`` repeats key and value heads to the query's number.
+    Shapes: q [..., heads, queries, size], k and v [..., heads, keys, size].
+    """
+
+    def __init__(self, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+                 enable_gqa: bool = False) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+        self.is_causal = is_causal
+        self.scale = scale
+        self.enable_gqa = enable_gqa
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, self.is_causal,
+                                              scale=self.scale, enable_gqa=self.enable_gqa)
+
+    def extra_repr(self) -> str:
+        return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}"
+
+
+class ModalOperator(nn.Module):
+    """An ATen operator some of whose arguments depend on the mode, such as ``lstm(..., train)``.
+
+    Called with one tuple: the operator's arguments in schema order, those in ``modal`` left None.
+    """
+
+    def __init__(self, overload: torch._ops.OpOverload, modal: Mapping[str, tuple[Any, Any]]) -> None:
+        super().__init__()
+        self.overload = overload
+        self.modal = dict(modal)
+        self.places = {a.name: i for i, a in enumerate(overload._schema.arguments)}
+
+    def forward(self, arguments: tuple[Any, ...]) -> Any:
+        values = list(arguments)
+        for name, (train, evaluation) in self.modal.items():
+            values[self.places[name]] = train if self.training else evaluation
+        return self.overload(*values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModalOperator:
+        made = ModalOperator(self.overload, self.modal)
+        made.training = self.training
+        memo[id(self)] = made
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{self.overload}, " + ", ".join(f"{k}={t}/{e}" for k, (t, e) in self.modal.items())

@@ -1,0 +1,213 @@
+"""Literals that a capture baked and that must follow at run time: devices the inputs, dtypes the model.
+
+A dtype literal cannot be told from a fixed one in a single capture: ``x.to(torch.float32)`` and ``x.to(weight.dtype)``
+look alike in float32. Two captures of the model, in two dtypes, tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .align import cast_chain, is_cast, is_item
+from .flatten import drop_dead
+from .graphs import aten, call_arguments, is_floating, leaves, map_leaves, overload, set_argument, tensor_value
+from .ops import device_of, dtype_limit, dtype_of, limit_name
+
+FOLLOWS = None
+"""In a merged cast chain: the dtype is that of the model."""
+
+
+def follow_devices(graph: Graph) -> None:
+    """Replace every device literal by the device of the first tensor input (or parameter)."""
+    anchor = _anchor(graph)
+    if anchor is None:
+        return
+    device: Node | None = None
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not any(isinstance(v, torch.device) for v in _literals(node)):
+            continue
+        if device is None:
+            with graph.inserting_before(_first_call(graph)):
+                device = graph.call_function(device_of, (anchor,))
+            device.meta["val"] = anchor.meta["val"].device
+        for name, value in call_arguments(node).items():
+            if isinstance(value, torch.device):
+                set_argument(node, name, device)
+
+
+def _literals(node: Node) -> list[Any]:
+    return [*leaves(node.args), *leaves(dict(node.kwargs))]
+
+
+def _anchor(graph: Graph) -> Node | None:
+    tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and tensor_value(n) is not None]
+    inputs = [n for n in tensors if n.op == "placeholder"]
+    return (inputs or tensors or [None])[0]
+
+
+def _first_call(graph: Graph) -> Node:
+    return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+
+def drop_idle_casts(graph: Graph) -> None:
+    """Drop the casts that change nothing: a capture attributes later uses of the value to them."""
+    for node in list(graph.nodes):
+        if is_cast(node):
+            before, after = tensor_value(node.args[0]), tensor_value(node)
+            assert before is not None and after is not None
+            if before.dtype == after.dtype:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+
+def follow_dtypes(graph: Graph, partner: Mapping[Node, Node], other: Graph, dtype: torch.dtype,
+                  other_dtype: torch.dtype) -> None:
+    """Make dtype literals that follow the model's dtype follow it, by the partners of nodes in the other capture.
+
+    Casts that only one of the two captures needed are put where its graph has them.
+    """
+    _Follower(graph, partner, dtype, other_dtype).run(other)
+    drop_dead(graph)
+
+
+class _Follower:
+    def __init__(self, graph: Graph, partner: Mapping[Node, Node], dtype: torch.dtype, other: torch.dtype) -> None:
+        self.graph, self.partner, self.dtype, self.other = graph, dict(partner), dtype, other
+        self.inverse: dict[Node, Node] = {}
+        for ours, theirs in self.partner.items():
+            self.inverse.setdefault(theirs, ours)
+        self.casts: dict[tuple[Node, Any, tuple[Any, ...]], Node] = {}
+
+    def run(self, other: Graph) -> None:
+        named = {(n.op, n.target): n for n in _sources(other)}
+        for ours in _sources(self.graph):
+            theirs = named.get((ours.op, ours.target))
+            if theirs is not None:
+                self.partner[ours] = theirs
+                self.inverse[theirs] = ours
+        self.partner[self.graph.output_node()] = other.output_node()
+        for node in list(self.graph.nodes):
+            theirs = self.partner.get(node)
+            if theirs is not None and (is_item(node) or node.op == "output"):
+                self._casts_into(node, theirs)
+                self._literals(node, theirs)
+
+    def _casts_into(self, node: Node, theirs: Node) -> None:
+        right = iter([*leaves(theirs.args), *leaves(dict(theirs.kwargs))])
+
+        def change(value: Any) -> Any:
+            other = next(right, None)
+            if not isinstance(value, Node) or not is_floating(value) or not isinstance(other, Node):
+                return value
+            base, chain = cast_chain(value)
+            other_base, other_chain = cast_chain(other)
+            merged = self._merged(chain, other_chain)
+            return self._cast(base, merged, other_base, node)
+
+        node.args = map_leaves(node.args, change)
+        node.kwargs = map_leaves(dict(node.kwargs), change)
+
+    def _merged(self, chain: Sequence[torch.dtype], other: Sequence[torch.dtype]) -> tuple[torch.dtype | None, ...]:
+        """One chain of casts for both dtypes; FOLLOWS where the dtype is the model's own."""
+        if not other:
+            return tuple(FOLLOWS if d is self.dtype else d for d in chain)
+        if not chain:
+            return tuple(FOLLOWS if d is self.other else d for d in other)
+        if len(chain) == len(other):
+            return tuple(FOLLOWS if a is self.dtype and b is self.other else a for a, b in zip(chain, other, strict=True))
+        return tuple(chain)
+
+    def _cast(self, base: Node, chain: tuple[torch.dtype | None, ...], other_base: Node, user: Node) -> Node:
+        value = base
+        for i, dtype in enumerate(chain):
+            contexts = user.meta.get("contexts", ())
+            key = (value, contexts, chain[:i + 1])
+            made = self.casts.get(key)
+            if made is None:
+                with self.graph.inserting_before(user):
+                    made = self._cast_node(value, dtype, other_base)
+                made.meta.update({k: v for k, v in _near(value, user).meta.items()
+                                  if k in ("nn_module_stack", "contexts", "stack_trace")})
+                made.meta.pop("contexts", None)
+                if contexts:
+                    made.meta["contexts"] = contexts
+                self.casts[key] = made
+            value = made
+        return value
+
+    def _cast_node(self, value: Node, dtype: torch.dtype | None, other_base: Node) -> Node:
+        fake = value.meta["val"]
+        if dtype is not FOLLOWS:
+            made = self.graph.call_function(aten.to.dtype, (value, dtype))
+            made.meta["val"] = fake.to(dtype)
+            return made
+        reference = self._reference(other_base)
+        if reference is None:
+            made = self.graph.call_function(aten.to.dtype, (value, self.dtype))
+        else:
+            made = self.graph.call_function(aten.to.other, (value, reference))
+        made.meta["val"] = fake.to(self.dtype)
+        return made
+
+    def _reference(self, start: Node) -> Node | None:
+        """The nearest value upstream that has the model's dtype in both captures; else a parameter, else an input."""
+        queue, seen = deque([start]), {start}
+        while queue:
+            theirs = queue.popleft()
+            value = tensor_value(theirs)
+            ours = self.inverse.get(theirs)
+            if value is not None and value.dtype is self.other and ours is not None and self._is_native(ours):
+                return ours
+            for source in theirs.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+        return self._fallback()
+
+    def _fallback(self) -> Node | None:
+        sources = [n for n in _sources(self.graph) if self._is_native(n)]
+        return next((n for n in sources if n.op == "get_attr"), sources[0] if sources else None)
+
+    def _is_native(self, node: Node) -> bool:
+        value = tensor_value(node)
+        return value is not None and value.dtype is self.dtype
+
+    def _literals(self, node: Node, theirs: Node) -> None:
+        if overload(node) is None or overload(theirs) is None:
+            return
+        others = call_arguments(theirs)
+        for name, value in call_arguments(node).items():
+            theirs_value = others.get(name)
+            if value is self.dtype and theirs_value is self.other:
+                self._replace(node, name, dtype_of, theirs)
+            elif isinstance(value, float) and isinstance(theirs_value, float) and value != theirs_value:
+                limit = limit_name(value, self.dtype)
+                if limit is not None and limit == limit_name(theirs_value, self.other):
+                    self._replace(node, name, dtype_limit, theirs, limit)
+
+    def _replace(self, node: Node, name: str, function: Any, theirs: Node, *extra: Any) -> None:
+        upstream = [n for n in theirs.all_input_nodes if is_floating(n)]
+        reference = self._reference(upstream[0]) if upstream else self._fallback()
+        if reference is None:
+            return
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(function, (reference, *extra))
+        made.meta["val"] = function(reference.meta["val"], *extra)
+        if "contexts" in node.meta:
+            made.meta["contexts"] = node.meta["contexts"]
+        made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        set_argument(node, name, made)
+
+
+def _near(value: Node, user: Node) -> Node:
+    """Whose module a cast between two nodes belongs to: a cast of a parameter or input belongs to its user."""
+    return user if user.op != "output" else value
+
+
+def _sources(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]

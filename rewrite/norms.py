@@ -1,0 +1,67 @@
+"""Normalization layers of a layer graph, whatever class or spelling they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from .composites import SpelledNorm
+from .graphs import module_stack
+from .program import Program
+
+Kind = Literal["layer", "rms"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One normalization in a graph: y = (offset + weight) · n(x) + bias over the axes ``axes`` of x.
+
+    ``kind`` "layer" subtracts the mean and divides by √(variance + eps), "rms" divides by √(mean x² + eps).
+    ``channel_axis`` is -1, or 1 for channels-first maps. ``weight`` is the effective gain (offset added), or None.
+    """
+
+    node: Node
+    path: str
+    kind: Kind
+    shape: tuple[int, ...]
+    channel_axis: int
+    eps: float | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names that ``type:`` selects the norm by: the layer's class and the user's."""
+        stack = module_stack(self.node)
+        user = stack[-1][2].rpartition(".")[2] if stack else ""
+        return (self.layer_name, user)
+
+    @property
+    def layer_name(self) -> str:
+        return "LayerNorm" if self.kind == "layer" else "RMSNorm"
+
+
+def norm_of(program: Program, node: Node) -> Norm | None:
+    """The norm that a node computes, or None."""
+    if node.op != "call_module":
+        return None
+    layer: Any = program.layer(node)
+    path = str(node.target)
+    if isinstance(layer, nn.LayerNorm):
+        return Norm(node, path, "layer", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, layer.bias)
+    if isinstance(layer, nn.RMSNorm):
+        return Norm(node, path, "rms", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, None)
+    if isinstance(layer, SpelledNorm):
+        return Norm(node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(),
+                    layer.shift())
+    return None
+
+
+def norms(program: Program) -> list[Norm]:
+    """Every norm call of the program, in execution order."""
+    found = (norm_of(program, node) for node in program.graph.nodes)
+    return [norm for norm in found if norm is not None]
