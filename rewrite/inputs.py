@@ -198,7 +198,10 @@ def _decoder_input_ids(model: nn.Module, config: _Config, draw: Draw) -> Tensor:
 
 
 def _attention_mask(model: nn.Module, config: _Config, draw: Draw) -> Tensor:
-    return torch.ones(BATCH, _length(config, LENGTH, *_POSITIONS), dtype=torch.int64, device=draw.device)
+    """The last sample is padded at its end, so that a check of the outputs sees the mask at work."""
+    mask = torch.ones(BATCH, _length(config, LENGTH, *_POSITIONS), dtype=torch.int64)
+    mask[-1, -(mask.shape[1] // 4) :] = 0
+    return mask.to(draw.device)
 
 
 def _bbox(model: nn.Module, config: _Config, draw: Draw) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import importlib.util
 import json
 import re
 import site
@@ -51,7 +52,7 @@ _DATA = {"builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.c
 _DATA |= {"torch.Size", "torch.device", "torch.serialization._get_layout", "collections.OrderedDict"}
 _CALLED = REBUILD | _DATA | {TYPED, _GETATTR, "functools.partial", "_codecs.encode"}
 _FUNCTIONS = {"torch.nn.functional", "torch._C._nn", "torch._C._special"}
-_HOOKS = re.compile(r"_.*_hooks(_with_kwargs|_always_called)?")
+_HOOKS = re.compile(r"_.*_hooks(_with_kwargs|_always_called)?|_compiled_call_impl")
 Allowed = tuple[Callable[..., Any], str]
 # Beside `__del__` and unpickling methods: what turns a stored value into a call.
 _ACTIVE = {"__new__", "__call__", "__del__", "__getattr__", "__setstate__", "__reduce__", "__reduce_ex__"}
@@ -328,11 +329,11 @@ def _find_source(module: str) -> Path | None:
     if module in sys.modules:
         origin = getattr(sys.modules[module], "__file__", None)
         return Path(origin) if origin and origin.endswith(".py") else None
-    path, spec = None, None
-    parts = module.split(".")
-    for count in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:count]), path)
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for count in range(1, len(rest) + 1):
         if spec is None:
             return None
-        path = list(spec.submodule_search_locations or ())
+        folders = list(spec.submodule_search_locations or ())
+        spec = PathFinder.find_spec(".".join((top, *rest[:count])), folders)
     return Path(spec.origin).absolute() if spec and spec.origin and spec.origin.endswith(".py") else None

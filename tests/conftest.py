@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from importlib.util import find_spec
 
 import hypothesis
 import pytest
 import torch
 
+from rewrite.compat import mend_torchvision
+
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
-def mend_torchvision() -> torch.library.Library | None:
-    """Define the two operators without which a torchvision of another build than torch cannot be imported.
-
-    Returns the library that holds them, or None where torchvision is absent or whole.
-    """
-    if find_spec("torchvision") is None:
-        return None
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    else:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    importlib.import_module("torchvision")
-    return library
-
-
-TORCHVISION = mend_torchvision()  # kept: the operators go with the object
+mend_torchvision()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from rewrite.compat import mend_torchvision
 
 Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -61,24 +61,8 @@ def import_timm() -> Any:
     Raises:
         ModuleNotFoundError: timm or torchvision is not installed.
     """
-    _complete_torchvision()
+    mend_torchvision()
     return importlib.import_module("timm")
-
-
-@cache
-def _complete_torchvision() -> torch.library.Library | None:
-    """The definitions stay as long as the returned library is referenced, hence the cache."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.submodule_search_locations is None:
-        return None
-    for extension in Path(spec.submodule_search_locations[0]).glob("_C.*"):
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(str(extension))
-            return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def timm_case(name: str, size: int) -> Case:
@@ -429,7 +413,7 @@ HEADS: tuple[tuple[str, str], ...] = (
 
 def _import_transformers() -> Any:
     """transformers, which imports torchvision where it is installed."""
-    _complete_torchvision()
+    mend_torchvision()
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     return transformers
