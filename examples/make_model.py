@@ -1,6 +1,6 @@
 """Write a model to a file as a user would: a timm model with random weights, saved whole by plain torch.save.
 
-    python examples/make_model.py [NAME] [-o model.pt]
+python examples/make_model.py [NAME] [-o model.pt]
 """
 
 from __future__ import annotations

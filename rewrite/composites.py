@@ -44,18 +44,17 @@ class SpelledNorm(Region):
         self.weight_name = meaning.weight
         self.bias_name = meaning.bias
 
-    def gain(self) -> torch.Tensor | None:
-        """The factor of each channel, the offset added; shape [channels]."""
-        if self.weight_name is None:
-            return None
-        weight = self._parameters[self.weight_name]
-        assert weight is not None
-        return (weight + self.offset if self.offset else weight).reshape(-1)
+    def gain(self) -> nn.Parameter | None:
+        """The factor of each channel, shape [channels]: the weight itself, or a new parameter where 1 is added to it."""
+        weight = self._parameters[self.weight_name] if self.weight_name is not None else None
+        if weight is None or (self.offset == 0.0 and weight.dim() == 1):
+            return weight
+        return nn.Parameter((weight.detach() + self.offset).reshape(-1), weight.requires_grad)
 
-    def shift(self) -> torch.Tensor | None:
-        """The bias of each channel; shape [channels]."""
+    def shift(self) -> nn.Parameter | None:
+        """The bias of each channel, shape [channels]."""
         bias = self._parameters[self.bias_name] if self.bias_name is not None else None
-        return bias.reshape(-1) if bias is not None else None
+        return bias if bias is None or bias.dim() == 1 else nn.Parameter(bias.detach().reshape(-1), bias.requires_grad)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, channels={self.channels}, eps={self.eps}, offset={self.offset}"

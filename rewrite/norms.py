@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from .composites import SpelledNorm
-from .graphs import module_stack
+from .graphs import module_stack, tensor_value
 from .program import Program
 
 Kind = Literal["layer", "rms"]
@@ -30,8 +30,16 @@ class Norm:
     shape: tuple[int, ...]
     channel_axis: int
     eps: float | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    device: torch.device
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The FakeTensor of the norm's output."""
+        found = tensor_value(self.node)
+        assert found is not None
+        return found
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -51,13 +59,14 @@ def norm_of(program: Program, node: Node) -> Norm | None:
         return None
     layer: Any = program.layer(node)
     path = str(node.target)
+    device = next((p.device for p in [*layer.parameters(), *program.module.parameters()]), torch.device("cpu"))
     if isinstance(layer, nn.LayerNorm):
-        return Norm(node, path, "layer", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, layer.bias)
+        return Norm(node, path, "layer", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, layer.bias, device)
     if isinstance(layer, nn.RMSNorm):
-        return Norm(node, path, "rms", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, None)
+        return Norm(node, path, "rms", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, None, device)
     if isinstance(layer, SpelledNorm):
         return Norm(node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(),
-                    layer.shift())
+                    layer.shift(), device)
     return None
 
 

@@ -19,6 +19,9 @@ from .options import OptionType, option_type
 from .text import Element, print_pipeline
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from .contract import Contract
     from .pipeline import Context
     from .program import Program
@@ -60,6 +63,13 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def run(self, program: Program, context: Context) -> None:
         """Rewrite the program in place, through the edit layer only."""
+
+    def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """The method's formula for an inserted layer, written apart from it: the proof compares the two.
+
+        A pass whose forward is CLOSE or NEW must have it. `new` holds the parameters, `old` is what stood there.
+        """
+        raise NotImplementedError(f"pass {self.name} has no reference formula")
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -128,7 +128,7 @@ def _has_usual_arguments(node: Node) -> bool:
     if node.callee == _GETATTR:
         if len(items) != 2 or items[0] != _OWNER:
             raise RefusedError(f"looks up the attribute {items[-1]!r} of an object" if items else "calls getattr")
-        return type(items[1]) is str
+        return type(items[1]) is str and _is_on_tensors(items[1])
     if node.callee == "_codecs.encode":
         return len(items) == 2 and items[1] == "latin1"
     if node.callee == "collections.OrderedDict":
@@ -240,9 +240,14 @@ def why_import_fails(error: Exception) -> str:
     return reason
 
 
+def _is_on_tensors(name: str) -> bool:
+    """Of torch's functions those that are tensor methods too, such as `tanh`. Others may write: `from_file`."""
+    return not name.startswith("_") and hasattr(torch.Tensor, name)
+
+
 def _torch_function(owner: object, name: str) -> Any:
-    """All that `getattr` may do: find `torch.tanh`. What is no tensor method may write, as `from_file` does."""
-    if owner is not _TORCH_FUNCTIONS or name.startswith("_") or not hasattr(torch.Tensor, name):
+    """All that `getattr` may do."""
+    if owner is not _TORCH_FUNCTIONS or not _is_on_tensors(name):
         raise ValueError(f"{name!r} is no function on tensors")
     return getattr(owner, name)
 
@@ -328,12 +333,21 @@ def _find_source(module: str) -> Path | None:
     """The file that importing `module` runs, or ran."""
     if module in sys.modules:
         origin = getattr(sys.modules[module], "__file__", None)
-        return Path(origin) if origin and origin.endswith(".py") else None
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    for count in range(1, len(rest) + 1):
-        if spec is None:
+    else:
+        spec = _find_spec(module)
+        origin = spec.origin if spec else None
+    return Path(origin).absolute() if origin and origin.endswith(".py") else None
+
+
+def _find_spec(module: str) -> ModuleSpec | None:
+    """As `importlib.util.find_spec`, which would import the packages that hold the module."""
+    package, _, _ = module.rpartition(".")
+    if not package:
+        try:
+            return importlib.util.find_spec(module)
+        except (ImportError, ValueError):
             return None
-        folders = list(spec.submodule_search_locations or ())
-        spec = PathFinder.find_spec(".".join((top, *rest[:count])), folders)
-    return Path(spec.origin).absolute() if spec and spec.origin and spec.origin.endswith(".py") else None
+    if package in sys.modules:
+        return PathFinder.find_spec(module, list(getattr(sys.modules[package], "__path__", ())))
+    holder = _find_spec(package)
+    return PathFinder.find_spec(module, list(holder.submodule_search_locations or ())) if holder else None

@@ -96,6 +96,8 @@ def _vetted(path: Path) -> Sequence[Allowed]:
         # Read as torch.load will: another zip reader may find another record of this name.
         found = scan(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
         unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        if not unsafe <= {name.path for name in found.names}:
+            raise UnreadableError("its pickle spells a name as torch.save does not")
     except UnreadableError as error:
         raise RewriteError(f"{path} cannot be read safely: {error}; {TRUST}") from None
     except Exception:
@@ -136,7 +138,7 @@ def _unpickle(path: Path, allowed: Sequence[Allowed] = (), *, weights_only: bool
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
-        script_class = re.search(r"attribute '(\w+)' on <module '__main__'", str(error))
+        script_class = re.search(r"attribute '(\w+)' on <module '[^']*__main__'", str(error))
         if script_class:
             raise _of_a_script(path, script_class[1]) from None
         reason = (str(error).strip().splitlines() or [""])[0]

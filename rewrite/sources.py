@@ -121,7 +121,10 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
         transformers.utils.logging.set_verbosity(level)
         if bar:
             transformers.utils.logging.enable_progress_bar()
-    gaps = {"missing": info["missing_keys"], "of another shape": [key[0] for key in info["mismatched_keys"]]}
+    gaps = {
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
+    }
     if any(gaps.values()):
         raise RewriteError(f"the weights in {folder} do not fit {type(model).__name__}: {_listed(gaps)}")
     return model
@@ -138,7 +141,7 @@ def _from_pretrained(transformers: Any, folder: Path, trust: bool) -> tuple[nn.M
     if builder is not transformers.AutoModel:
         del local["trust_remote_code"]
     loaded: tuple[nn.Module, Mapping[str, Any]] = builder.from_pretrained(
-        folder, config=config, dtype="auto", output_loading_info=True, **local
+        folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **local
     )
     return loaded
 

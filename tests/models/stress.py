@@ -35,9 +35,7 @@ MUTATED_IN_EVAL = frozenset({"CallCounter", "EmbeddingMaxNorm", "MutatesItsInput
 FLOAT32_ONLY = frozenset({"AutocastOff", "ConstantAttribute"})
 
 #: Cases that `torch.export` itself rejects in training mode; the first two can be captured in eval mode.
-REJECTED_BY_EXPORT = frozenset(
-    {"LayerDrop", "BatchNormCumulative", "DataDependentBranch", "UnregisteredOutput"}
-)
+REJECTED_BY_EXPORT = frozenset({"LayerDrop", "BatchNormCumulative", "DataDependentBranch", "UnregisteredOutput"})
 
 
 def stress_cases() -> list[Case]:
@@ -622,9 +620,7 @@ class NonPersistentBuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(DIM, DIM)
-        self.register_buffer(
-            "table", torch.linspace(-1, 1, MAX_LENGTH).view(1, MAX_LENGTH, 1), persistent=False
-        )
+        self.register_buffer("table", torch.linspace(-1, 1, MAX_LENGTH).view(1, MAX_LENGTH, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(0.5))
         self.register_buffer("missing", None)
 
@@ -677,9 +673,7 @@ class AwkwardNames(nn.Module):
         self.layer_1 = nn.Linear(DIM, DIM)
         self.add = nn.Linear(DIM, DIM)
         self.x = nn.Linear(DIM, DIM)
-        self.by_name = nn.ModuleDict(
-            {"a-b": nn.Linear(DIM, DIM), "class": nn.LayerNorm(DIM), "1": nn.Linear(DIM, DIM)}
-        )
+        self.by_name = nn.ModuleDict({"a-b": nn.Linear(DIM, DIM), "class": nn.LayerNorm(DIM), "1": nn.Linear(DIM, DIM)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer_1(self.layer(x)) + self.add(self.x(x))

@@ -396,10 +396,7 @@ aimv2 blip chinese_clip clip clipseg flava git groupvit metaclip_2 owlv2 owlvit 
 
 #: Models with a head, as (auto class, type).
 HEADS: tuple[tuple[str, str], ...] = (
-    *(
-        ("AutoModelForCausalLM", t)
-        for t in ("llama", "mistral", "qwen3", "gemma2", "gpt2", "opt", "bloom", "phi3")
-    ),
+    *(("AutoModelForCausalLM", t) for t in ("llama", "mistral", "qwen3", "gemma2", "gpt2", "opt", "bloom", "phi3")),
     *(("AutoModelForCausalLM", t) for t in ("mixtral", "mamba", "gpt_neox", "cohere")),
     *(("AutoModelForMaskedLM", t) for t in ("bert", "roberta", "modernbert")),
     ("AutoModelForSequenceClassification", "distilbert"),
@@ -460,9 +457,7 @@ def transformers_case(kind: str, auto_class: str = "AutoModel") -> Case:
 def transformers_cases() -> list[Case]:
     """Every transformers type of this file without a head, then the models with one."""
     kinds = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *VISION, *VIDEO, *WAVEFORM, *SPECTROGRAM, *MULTIMODAL)
-    return [transformers_case(kind) for kind in kinds] + [
-        transformers_case(kind, auto) for auto, kind in HEADS
-    ]
+    return [transformers_case(kind) for kind in kinds] + [transformers_case(kind, auto) for auto, kind in HEADS]
 
 
 def _inputs(kind: str, batch: int, length: int) -> dict[str, Tensor]:
