@@ -78,9 +78,10 @@ def is_cast(node: Node) -> bool:
     return source.dtype == result.dtype or (source.is_floating_point() and result.is_floating_point())
 
 
-def is_dropout(node: Any) -> bool:
-    """Whether a node is one of ATen's dropouts."""
-    return isinstance(node, Node) and packet(node) in _DROPOUTS
+def is_idle(node: Any) -> bool:
+    """Whether a node hands its input's values on in evaluation: a dropout, or ``contiguous``, which a capture only
+    records where the example's strides needed it."""
+    return isinstance(node, Node) and (packet(node) in _DROPOUTS or packet(node) is aten.contiguous)
 
 
 def is_symbolic(node: Node) -> bool:
@@ -166,9 +167,9 @@ class _Matcher:
         self.matched: set[Node] = set()
 
     def fill(self, chunk: Chunk) -> bool:
-        """List a chunk's nodes; dropouts alone make none, they are nothing in evaluation."""
+        """List a chunk's nodes; idle nodes alone make none."""
         chunk.first, chunk.second = self.a[chunk.i1:chunk.i2], self.b[chunk.j1:chunk.j2]
-        return not all(is_dropout(n) for n in [*chunk.first, *chunk.second])
+        return not all(is_idle(n) for n in [*chunk.first, *chunk.second])
 
     def resolve(self, chunks: list[Chunk]) -> Alignment:
         while True:
@@ -239,7 +240,7 @@ class _Matcher:
 
     def _chunk_of(self, x: Any, y: Any, user: Node, other: Node, chunks: list[Chunk]
                   ) -> Chunk | tuple[int, int, int, int]:
-        x = _under_dropout(x, self.chunk_a)
+        x = _under_idle(x, self.chunk_a)
         cx, cy = self.chunk_a.get(x), self.chunk_b.get(y)
         i, j = self.place_a.get(x, -1), self.place_b.get(y, -1)
         if cx is not None and cy is not None and cx is not cy:
@@ -256,7 +257,7 @@ class _Matcher:
         return chunk
 
     def same(self, x: Any, y: Any) -> bool:
-        """Whether a value of the first graph is the second's, casts and dropout left aside."""
+        """Whether a value of the first graph is the second's, casts and idle nodes left aside."""
         x, y = cast_chain(x)[0], self._bare(y)
         if not isinstance(x, Node) or not isinstance(y, Node):
             return not isinstance(x, Node) and not isinstance(y, Node) and _literal_equal(x, y)
@@ -267,15 +268,15 @@ class _Matcher:
         if is_symbolic(x) and is_symbolic(y):
             left, right = list(leaves(x.args)), list(leaves(y.args))
             return x.target == y.target and len(left) == len(right) and all(map(self.same, left, right))
-        if is_dropout(x) and x not in self.chunk_a:
+        if is_idle(x) and x not in self.chunk_a:
             return self.same(x.args[0], y)
         return False
 
     def _bare(self, y: Any) -> Any:
-        """A value of the second graph without casts and without dropouts that do nothing."""
+        """A value of the second graph without casts and idle nodes."""
         while isinstance(y, Node):
             bare = cast_chain(y)[0]
-            if isinstance(bare, Node) and is_dropout(bare) and bare not in self.matched:
+            if isinstance(bare, Node) and is_idle(bare) and bare not in self.matched:
                 bare = bare.args[0]
             if bare is y:
                 break
@@ -283,8 +284,8 @@ class _Matcher:
         return y
 
 
-def _under_dropout(x: Any, chunk_of: dict[Node, Chunk]) -> Any:
-    while is_dropout(x) and x not in chunk_of:
+def _under_idle(x: Any, chunk_of: dict[Node, Chunk]) -> Any:
+    while is_idle(x) and x not in chunk_of:
         x = cast_chain(x.args[0])[0]
     return x
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .align import Alignment, Chunk, cast_chain, is_dropout, is_symbolic
+from .align import Alignment, Chunk, cast_chain, is_idle, is_symbolic
 from .graphs import aten, leaves, map_leaves, module_stack
 from .regions import Region, carve, free_inputs, grouped, replace_with_call
 
@@ -19,7 +19,7 @@ def switch_modes(train: Graph, evaluation: Graph, alignment: Alignment, place: P
     """Edit ``train`` in place: each chunk becomes a call of a region that holds the subgraphs of both modes."""
     inverse: dict[Node, Node] = {}
     for ours, theirs in alignment.partner.items():
-        if not is_dropout(ours) or theirs not in inverse:
+        if not is_idle(ours) or theirs not in inverse:
             inverse[theirs] = ours
     ours_by_name = {(n.op, n.target): n for n in train.nodes if n.op in ("placeholder", "get_attr")}
     builder = _Builder(train, evaluation, inverse, ours_by_name, place)
@@ -95,7 +95,7 @@ class _Builder:
                 known.meta = dict(theirs.meta)
                 self.ours_by_name[(theirs.op, theirs.target)] = known
             return known
-        if is_dropout(theirs):
+        if is_idle(theirs):
             return self._ours(cast_chain(theirs.args[0])[0])
         raise AssertionError(f"{theirs.name} has no counterpart")
 
@@ -151,4 +151,4 @@ def _common_meta(nodes: Sequence[Node]) -> dict[str, Any]:
 
 def needs_other_graph(alignment: Alignment) -> bool:
     """Whether some chunk has nodes of the second graph, so that it must be in the first one's dtype."""
-    return any(not is_dropout(n) for chunk in alignment.chunks for n in chunk.second)
+    return any(not is_idle(n) for chunk in alignment.chunks for n in chunk.second)

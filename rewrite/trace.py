@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -118,26 +119,44 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
     Raises RewriteError with torch.export's reason when no attempt succeeds.
     """
     model.train(training)
-    result = Trace.__new__(Trace)
     dropped: list[str] = []
     notes: list[str] = []
     _screen_outputs(model, dropped)
     errors: list[Exception] = []
-    for attempt, dynamic in enumerate(_dynamic_choices(inputs)):
+    for dynamic, as_eager in _attempts(inputs):
         dropped.clear()
         try:
-            with _quiet(), keyword_safe(), recorded_functions(notes) as functions:
+            with _quiet(), keyword_safe(), _seen_as_eager(as_eager), recorded_functions(notes) as functions:
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic,
                                                strict=False)
                 graph_module = exported.module(check_guards=False)
         except Exception as error:
             errors.append(error)
             continue
-        if attempt:
-            notes.append(f"dynamic sizes reduced: {_first_line(errors[0])}")
-        result.__init__(graph_module, functions, dropped, notes)  # type: ignore[misc]
-        return result
-    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[0])}") from errors[0]
+        if len(errors) > 1:
+            notes.append(f"dynamic sizes reduced: {_first_line(errors[1])}")
+        return Trace(graph_module, functions, dropped, notes)
+    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
+
+
+def _attempts(inputs: Inputs) -> Iterator[tuple[Any, bool]]:
+    """Dynamic sizes, and whether code sees itself run eagerly, in the order to try."""
+    choices = list(_dynamic_choices(inputs))
+    yield choices[0], True
+    yield from ((dynamic, False) for dynamic in choices)
+
+
+@contextlib.contextmanager
+def _seen_as_eager(active: bool) -> Iterator[None]:
+    """Let library code that asks whether it is being compiled or exported see an eager run.
+
+    Libraries take another path when exported (transformers builds explicit masks and repeats keys where eager attention
+    is causal and grouped): the same function, but other kernels, other rounding and other speed than the user's model.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("is_compiling", "is_exporting") if active else ():
+            stack.enter_context(mock.patch.object(torch.compiler, name, lambda: False))
+        yield
 
 
 def _dynamic_choices(inputs: Inputs) -> Iterator[Any]:
