@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .align import Alignment, align
 from .codegen import copy_graph
 from .composites import raise_composites
+from .conditions import conditions
 from .errors import RewriteError
 from .flatten import drop_dead, flatten
 from .functions import AutogradFunction
@@ -108,7 +109,7 @@ class _Capture:
         graph = prepared(train.graph_module)
         check, check_dtype = prepared(evaluation[0].graph_module), evaluation[1]
         output_specs = (train.graph_module._out_spec, evaluation[0].graph_module._out_spec)
-        interface = _interface(self.inputs, graph, output_specs, tuple(train.dropped))
+        interface = _interface(self.inputs, graph, output_specs, train)
         self._align(graph, check, check_dtype, skeleton)
         drop_idle_casts(graph)
         finish(graph, skeleton, self.model, train)
@@ -230,7 +231,7 @@ def _adopt_constants(graph: Graph, skeleton: Skeleton, module: GraphModule) -> N
         skeleton.root.add_module(home, Constants(found))
 
 
-def _interface(inputs: Inputs, graph: Graph, output_specs: tuple[Any, Any], dropped: tuple[str, ...]) -> Interface:
+def _interface(inputs: Inputs, graph: Graph, output_specs: tuple[Any, Any], train: Trace) -> Interface:
     """The calling convention; graph inputs that were plain values are folded and removed."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     flat = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
@@ -253,7 +254,9 @@ def _interface(inputs: Inputs, graph: Graph, output_specs: tuple[Any, Any], drop
         position += len(leaves)
         arguments.append(Argument(name, spec, tuple(place.get(i) for i in span),
                                   tuple(None if i in place else leaf for i, leaf in zip(span, leaves, strict=True))))
-    return Interface(inputs.signature, tuple(arguments), len(place), output_specs, shapes, dropped)
+    plain = {a.name: a.leaves[0] for a in arguments if len(a.leaves) == 1 and a.leaves[0] is not None}
+    return Interface(inputs.signature, tuple(arguments), len(place), output_specs, shapes,
+                     conditions(train.guards, plain), tuple(train.dropped))
 
 
 def _copy_modes(model: nn.Module, module: LayerGraph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .conditions import Condition, broken
 from .errors import RewriteError
 
 Signature = inspect.Signature
@@ -34,7 +36,8 @@ class Argument:
 class Interface:
     """The calling convention of a program: ``forward``'s signature, the captured arguments, the output structure.
 
-    ``shapes`` holds each graph input's sizes, None where a size is dynamic.
+    ``shapes`` holds each graph input's sizes, None where a size is dynamic; ``conditions`` are what else the capture
+    assumed of them.
     """
 
     signature: Signature
@@ -42,6 +45,7 @@ class Interface:
     input_count: int
     output_specs: tuple[pytree.TreeSpec, pytree.TreeSpec]
     shapes: tuple[tuple[int | None, ...], ...] = ()
+    conditions: tuple[Condition, ...] = ()
     dropped_outputs: tuple[str, ...] = ()
 
     def enter(self, values: Mapping[str, Any]) -> list[Any]:
@@ -61,7 +65,14 @@ class Interface:
                 raise TypeError(f"argument {name!r} was not given at capture; capture the model with it to use it")
         for value, shape in zip(flat, self.shapes, strict=False):
             self._check_shape(value, shape)
+        words = broken(self._checks, flat)
+        if words is not None:
+            raise ValueError(f"the capture only holds while {words}: capture the model again with such inputs")
         return flat
+
+    @functools.cached_property
+    def _checks(self) -> list[tuple[Condition, Callable[..., bool]]]:
+        return [(condition, condition.check()) for condition in self.conditions]
 
     def _check_shape(self, value: Any, shape: tuple[int | None, ...]) -> None:
         """A size that the capture baked into the graph must be met, or the result would be silently wrong."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +93,7 @@ def _default(spec: str, names: Sequence[str]) -> Path:
     if path.is_dir():
         return Path(f"{path.resolve().name}.{tail}.pt")
     if path.suffix in SUFFIXES or path.is_file() or not colon:
-        suffix = path.suffix if path.suffix in SUFFIXES else ".pt"
+        suffix = path.suffix if path.suffix in (*MODULE_SUFFIXES, ".pt2") else ".pt"
         return path.with_name(f"{path.stem}.{tail}{suffix}")
     stem = name if scheme == "timm" else name.rpartition(".")[2]
     return Path(f"{stem.replace('/', '-').replace(':', '-')}.{tail}.pt")
@@ -135,19 +136,13 @@ class Staging:
                 shutil.rmtree(room, ignore_errors=True)
 
 
-class _explained:  # noqa: N801 - a context manager
-    """Turns the operating system's refusal to write a file into an error for the user."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-                 ) -> None:
-        if isinstance(error, OSError):
-            raise RewriteError(f"cannot write {self.path}: {error.strerror or error}") from None
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write a file into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise RewriteError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write(program: Program, model: nn.Module | None, plan: Plan, staging: Staging) -> Written:
@@ -215,13 +210,16 @@ def _separate(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     first: dict[Any, str] = {}
     tensors, tied = {}, {}
     for name, tensor in state.items():
+        if tensor.is_meta:
+            raise RewriteError(f"{name} is on the meta device and has no values to write")
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         kept = first.setdefault(place, name) if tensor.numel() else name
-        if kept == name:
-            # the format refuses views: of one memory, each gets its own copy
-            tensors[name] = tensor.detach().clone().contiguous()
-        else:
+        if kept != name:
             tied[name] = kept
+        elif tensor.untyped_storage().nbytes() == tensor.nbytes:
+            tensors[name] = tensor.detach().contiguous()
+        else:
+            tensors[name] = tensor.detach().contiguous().clone()  # a part of a larger memory, which others may share
     return tensors, tied
 
 

@@ -49,6 +49,7 @@ class Trace:
     functions: list[FunctionCall] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
 
 
 def bind_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Inputs:
@@ -135,7 +136,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             continue
         if len(errors) > 1:
             notes.append(f"dynamic sizes reduced: {_first_line(errors[1])}")
-        return Trace(graph_module, functions, dropped, notes)
+        return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
 
 
