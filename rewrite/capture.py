@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -26,7 +28,7 @@ from .program import Dimension, LayerGraph, Opaque, Origin, Program
 from .regions import Region, group_contexts
 from .skeleton import Constants, Skeleton
 from .switch import needs_other_graph, switch_modes
-from .trace import Inputs, Trace, bind_inputs, fake_copy, fake_inputs, isolate, trace
+from .trace import Inputs, Trace, bind_inputs, fake_copy, fake_inputs, isolate, trace, widened
 
 _TRAINING_ARGUMENTS = ("train", "training", "dropout_p")
 
@@ -46,12 +48,33 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     return _Capture(model, bind_inputs(model, args, kwargs)).run(tuple(args), dict(kwargs or {}))
 
 
+def from_exported(exported: ExportedProgram) -> Program:
+    """A program from an export of one mode, made elsewhere: what that mode left out (dropout in eval) is not there."""
+    module = exported.module(check_guards=False)
+    if exported.example_inputs is None:
+        raise RewriteError("it holds no example inputs: export it again with torch.export.save")
+    args, kwargs = exported.example_inputs
+    inputs = Inputs(inspect.signature(module.forward), tuple(args), dict(kwargs))
+    specs = (module._out_spec, module._out_spec)
+    source = Trace(module, guards=list(getattr(exported, "_guards_code", None) or []))
+    skeleton = Skeleton(module)
+    graph = prepared(module)
+    interface = _interface(inputs, graph, specs, source)
+    drop_idle_casts(graph)
+    finish(graph, skeleton, module, source)
+    made = LayerGraph(skeleton.root, graph, interface)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    notes = ("read from an export of one mode: what that mode leaves out, such as dropout in eval, is not there",)
+    return Program(made, inputs.args, inputs.kwargs, dimensions(graph), opaque_parts(made),
+                   Origin("an exported program", shapes, {}, notes))
+
+
 class _Capture:
     """One capture: the traces it takes and what it measured and noticed."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model = model
-        self.inputs = _widened(inputs)
+        self.inputs = widened(inputs)
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.untrained = ""
@@ -62,9 +85,9 @@ class _Capture:
         train = self._timed("export", self._training)
         evaluation = self._timed("check", self._evaluation)
         self.notes += [*train.notes, *(f"output {name} is dropped: it is no registered pytree" for name in train.dropped)]
-        began = time.perf_counter()
+        began, checked = time.perf_counter(), self.seconds["check"]
         module = self._lift(train, evaluation)
-        self.seconds["lift"] = time.perf_counter() - began
+        self.seconds["lift"] = time.perf_counter() - began - (self.seconds["check"] - checked)
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
         kind = type(self.model)
         origin = Origin(f"{kind.__module__}.{kind.__qualname__}", shapes, self.seconds, tuple(self.notes))
@@ -133,20 +156,6 @@ class _Capture:
         switch_modes(graph, middle if alignment.partner is not partner else check, alignment, skeleton.place)
         if check_dtype is not self.dtype:
             follow_dtypes(graph, partner, check, self.dtype, check_dtype)
-
-
-def _widened(inputs: Inputs) -> Inputs:
-    """The inputs with a batch of one doubled: a size of one would be baked into the graph."""
-    tensors = [v for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
-               if isinstance(v, torch.Tensor) and v.dim()]
-    if not tensors or any(t.shape[0] != 1 for t in tensors):
-        return inputs
-
-    def double(value: Any) -> Any:
-        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
-
-    args, kwargs = pytree.tree_map(double, (inputs.args, dict(inputs.kwargs)))
-    return Inputs(inputs.signature, args, kwargs)
 
 
 def _native_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,14 +63,18 @@ TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run whatever 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    """A compiler for model surgery: named, checked rewrites of PyTorch models."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True,
+                                          callback=_print_version)] = False,
+) -> None:
+    """A compiler for model surgery: named, checked rewrites of PyTorch models."""
 
 
 @app.command()
@@ -122,8 +128,9 @@ def show(model: ModelName, inputs: Inputs = None, weights: Weights = None, seed:
     from .render import show_program
 
     with _steps() as steps:
-        program, _ = Model(model, tuple(inputs or ()), weights, trust_pickle, seed).read(steps)
-    show_program(_console(), program)
+        source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+        program, _ = source.read(steps)
+    show_program(_console(), program, captured=not source.is_program)
 
 
 @app.command()
@@ -200,6 +207,8 @@ def _steps() -> Steps:
 
 def main() -> None:
     """The program `rewrite`."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, about each other; ours are in the report
     app(prog_name="rewrite")
 
 

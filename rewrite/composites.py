@@ -154,7 +154,7 @@ def _key(group: Group) -> tuple[Any, ...]:
     source = tensor_value(group.source)
     assert source is not None
     names = tuple((str(p.target).rpartition(".")[2], str(p.meta["val"].shape)) for p in group.parameters)
-    return (names, tuple(str(s) if isinstance(s, int) else "?" for s in source.shape), index[group.result],
+    return (names, tuple(str(fixed_size(s)) for s in source.shape), index[group.result],
             tuple((str(n.target), plain(n.args), plain(tuple(sorted(n.kwargs.items())))) for n in group.nodes))
 
 
@@ -199,7 +199,8 @@ def _meaning(group: Group) -> NormMeaning | str | None:
 
 
 def _small_shape(value: torch.Tensor) -> list[int]:
-    return [s if isinstance(s, int) else 3 for s in value.shape]
+    """A tensor's shape, 3 for each dynamic size; a size may have become a number after the value was recorded."""
+    return [3 if fixed_size(s) is None else int(s) for s in value.shape]
 
 
 def _run(group: Group, source: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -29,8 +29,12 @@ class Condition:
         for node in ast.walk(tree):
             if not isinstance(node, _ALLOWED) or isinstance(node, ast.Constant) and not isinstance(node.value, int):
                 raise ValueError(f"not a condition on sizes: {self.expression}")
-        code = compile(tree, "<rewrite.condition>", "eval")
-        return lambda sizes: bool(eval(code, {"__builtins__": {}}, sizes))
+        names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+        # a function, not an eval at each call: torch.compile traces through it
+        source = ast.parse(f"lambda {', '.join(names)}: 0", mode="eval")
+        source.body.body = tree.body  # type: ignore[attr-defined]
+        holds = eval(compile(source, "<rewrite.condition>", "eval"), {"__builtins__": {}})
+        return lambda sizes: bool(holds(*[sizes[name] for name in names]))
 
 
 def conditions(guards: Sequence[str], places: Mapping[str, int]) -> tuple[Condition, ...]:

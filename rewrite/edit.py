@@ -185,7 +185,7 @@ def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None 
 
     args = torch.fx.map_arg(node.args, fake)
     kwargs = torch.fx.map_arg(dict(node.kwargs), fake)
-    mode = _fake_mode([args, kwargs])
+    mode = _fake_mode([args, kwargs]) or _fake_mode([n.meta.get("val") for n in node.graph.nodes])
     with mode or _nothing(), torch.no_grad():
         if node.op == "call_function":
             assert callable(node.target)
@@ -195,7 +195,20 @@ def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None 
             return layer(*args, **kwargs)
         state = {name: mode.from_tensor(t.detach(), static_shapes=True)
                  for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-        return torch.func.functional_call(layer, state, args, kwargs)
+        with _evaluating(layer):
+            return torch.func.functional_call(layer, state, args, kwargs)
+
+
+@contextmanager
+def _evaluating(layer: nn.Module) -> Iterator[None]:
+    """The layer in evaluation mode: in training some read data, which fake tensors do not have."""
+    modes = {part: part.training for part in layer.modules()}
+    layer.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @contextmanager

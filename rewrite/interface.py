@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +46,11 @@ class Interface:
     shapes: tuple[tuple[int | None, ...], ...] = ()
     conditions: tuple[Condition, ...] = ()
     dropped_outputs: tuple[str, ...] = ()
+    _checks: list[tuple[Condition, Callable[..., bool]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # made here and not when first used: torch.compile cannot trace a cached property
+        object.__setattr__(self, "_checks", [(condition, condition.check()) for condition in self.conditions])
 
     def enter(self, values: Mapping[str, Any]) -> list[Any]:
         """Map argument values to the flat list of graph inputs.
@@ -58,6 +62,8 @@ class Interface:
         for argument in self.arguments:
             seen.add(argument.name)
             if argument.name not in values:
+                if all(place is None for place in argument.leaves):
+                    continue
                 raise TypeError(f"missing argument {argument.name!r}: the model was captured with it")
             self._enter_argument(argument, values[argument.name], flat)
         for name, value in values.items():
@@ -69,10 +75,6 @@ class Interface:
         if words is not None:
             raise ValueError(f"the capture only holds while {words}: capture the model again with such inputs")
         return flat
-
-    @functools.cached_property
-    def _checks(self) -> list[tuple[Condition, Callable[..., bool]]]:
-        return [(condition, condition.check()) for condition in self.conditions]
 
     def _check_shape(self, value: Any, shape: tuple[int | None, ...]) -> None:
         """A size that the capture baked into the graph must be met, or the result would be silently wrong."""
@@ -91,8 +93,9 @@ class Interface:
             self._check_constant(argument.name, argument.constants[0], leaves[0])
             return
         if spec != argument.spec:
-            raise ValueError(f"argument {argument.name!r} has another structure than at capture: "
-                             f"{spec} instead of {argument.spec}")
+            captured = "a tensor" if argument.spec.is_leaf() else str(argument.spec)
+            raise ValueError(f"argument {argument.name!r} was captured as {captured}; got {type(value).__name__}: "
+                             "capture the model again with that value")
         for place, constant, leaf in zip(argument.leaves, argument.constants, leaves, strict=True):
             if place is None:
                 self._check_constant(argument.name, constant, leaf)
@@ -106,7 +109,7 @@ class Interface:
     def _check_constant(self, name: str, captured: Any, given: Any) -> None:
         if given is captured or (not isinstance(given, torch.Tensor) and given == captured):
             return
-        if not isinstance(given, torch.Tensor) and (self._is_default(name, given) or given is None):
+        if given is None:
             return
         what = "a tensor" if isinstance(given, torch.Tensor) else repr(given)
         raise ValueError(f"argument {name!r} was captured as {captured!r} and is part of the graph; "
@@ -159,12 +162,15 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
     packed: list[str] = []
     keyword_only = False
     parameters = list(interface.signature.parameters.values())
+    constants = {a.name: pytree.tree_unflatten(list(a.constants), a.spec) for a in interface.arguments
+                 if all(place is None for place in a.leaves)}
     for i, parameter in enumerate(parameters):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
             if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
                 declared.append("*")
             keyword_only = True
-        declared.append(_declare(parameter, i, names))
+        # what is left out is what it was at capture; the signature that is shown has the model's own default
+        declared.append(_declare(parameter, constants.get(parameter.name, parameter.default), i, names))
         if (parameter.kind is inspect.Parameter.POSITIONAL_ONLY
                 and (i + 1 == len(parameters) or parameters[i + 1].kind is not parameter.kind)):
             declared.append("/")
@@ -182,14 +188,14 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
     return forward
 
 
-def _declare(parameter: inspect.Parameter, position: int, names: dict[str, Any]) -> str:
+def _declare(parameter: inspect.Parameter, default: Any, position: int, names: dict[str, Any]) -> str:
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
         return f"*{parameter.name}"
     if parameter.kind is inspect.Parameter.VAR_KEYWORD:
         return f"**{parameter.name}"
     if parameter.default is inspect.Parameter.empty:
         return parameter.name
-    names[f"_default_{position}"] = parameter.default
+    names[f"_default_{position}"] = default
     return f"{parameter.name}=_default_{position}"
 
 

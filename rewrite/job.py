@@ -8,7 +8,6 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,11 @@ from .text import parse
 if TYPE_CHECKING:
     from torch import nn
 
+    from .pipeline import Listener
     from .program import Program
     from .report import Record
 
-Listener = Callable[[str], None]
+FILES = (".pt", ".pth", ".bin", ".pt2", ".safetensors")
 _LIBRARIES = ("torch", "timm", "transformers", "onnx")
 
 
@@ -44,10 +44,13 @@ class Model:
         return Path(self.spec).suffix == ".pt2"
 
     def check(self) -> None:
-        """Raises RewriteError for options that do not go together."""
+        """Raises RewriteError for options that do not go together, and files that are not there."""
         for given, flag in ((self.inputs, "--inputs"), (self.weights, "--weights")):
             if self.is_program and given:
                 raise RewriteError(f"{flag} does not go with {self.spec}: a .pt2 carries its own")
+        for path in (Path(self.spec), self.weights):
+            if path is not None and path.suffix in FILES and not path.exists():
+                raise RewriteError(f"there is no file {path}")
 
     def read(self, listener: Listener) -> tuple[Program, nn.Module | None]:
         """The program, and the module that it was captured from: None for a `.pt2`.
@@ -85,8 +88,10 @@ class Job:
     dry_run: bool = False
     report: Path | None = None
 
-    def run(self, listener: Listener = lambda step: None) -> Outcome:
-        """Do it all; the files are written together at the end, or, after any failure, not at all.
+    def run(self, listener: Listener) -> Outcome:
+        """Do it all, and tell the listener each step.
+
+        The files are written together at the end, or, after any failure, not at all.
 
         Raises RewriteError for whatever the user can mend. Names and texts are checked before any work begins.
         """
@@ -102,14 +107,12 @@ class Job:
 
         earlier = len(program.history)
         result = apply(program, chain, seed=self.model.seed, verify=self.verify, data=data, listener=listener)
-        with Staging() as staging:
-            written = None
-            if not self.dry_run:
-                listener(f"writing {target.path}")
-                written = write(result, model, target, staging)
+        with Staging() as reports, Staging(rehearsal=self.dry_run) as staging:
+            listener(f"writing {target.path}")
+            written = write(result, model, target, staging)
             outcome = Outcome(self, program, result, earlier, digest, time.perf_counter() - began, written)
             if self.report is not None:
-                staging.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
+                reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
         return outcome
 
     def plan(self) -> Plan:
@@ -139,7 +142,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did: the program before and after, what was written where (None in a dry run)."""
+    """What a job did: the program before and after, what was written where, or would be without `--dry-run`."""
 
     job: Job
     before: Program
@@ -147,7 +150,7 @@ class Outcome:
     earlier: int
     data_sha256: str | None
     seconds: float
-    written: Written | None
+    written: Written
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -174,8 +177,8 @@ class Outcome:
             "capture": capture,
             "earlier": [record.to_json() for record in self.program.history[:self.earlier]],
             "passes": [record.to_json() for record in self.records],
-            "output": None if self.written is None else {"path": str(self.written.path), "kind": self.written.kind,
-                                                          "reason": self.written.reason},
+            "output": None if self.job.dry_run else {"path": str(self.written.path), "kind": self.written.kind,
+                                                     "reason": self.written.reason},
             "seconds": self.seconds,
         }
         return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"

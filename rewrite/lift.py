@@ -98,7 +98,8 @@ class _Owners:
     def _suits(self, path: str, layer_class: type[nn.Module]) -> bool:
         """Whether a module other than the calling one may become such a layer: it is one, or is no other layer."""
         module = self.model.get_submodule(path)
-        return isinstance(module, layer_class) or not type(module).__module__.startswith("torch.nn.")
+        return isinstance(module, layer_class) or type(module) is nn.Module \
+            or not type(module).__module__.startswith("torch.nn.")
 
 
 def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owners: _Owners) -> bool:

@@ -100,9 +100,13 @@ def _default(spec: str, names: Sequence[str]) -> Path:
 
 
 class Staging:
-    """Files that appear all at once, when the context is left without an error; otherwise none does."""
+    """Files that appear all at once, when the context is left without an error; otherwise none does.
 
-    def __init__(self) -> None:
+    In a ``rehearsal`` none does either: they are written to the system's temporary folder and thrown away.
+    """
+
+    def __init__(self, *, rehearsal: bool = False) -> None:
+        self._rehearsal = rehearsal
         self._rooms: list[tuple[Path, Path]] = []
 
     def path(self, final: Path) -> Path:
@@ -110,8 +114,9 @@ class Staging:
 
         A format of several files may write others next to it; they are moved along.
         """
+        folder = None if self._rehearsal else final.parent
         with _explained(final):
-            room = Path(tempfile.mkdtemp(prefix=f".{final.name[:100]}.", suffix=".partial", dir=final.parent))
+            room = Path(tempfile.mkdtemp(prefix=f".{final.name[:100]}.", suffix=".partial", dir=folder))
         self._rooms.append((room, final))
         return room / final.name
 
@@ -127,13 +132,24 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
                  ) -> None:
         try:
-            for room, final in self._rooms if error is None else ():
+            for room, final in self._rooms if error is None and not self._rehearsal else ():
                 with _explained(final):
                     for file in sorted(room.iterdir()):
-                        os.replace(file, final.parent / file.name)
+                        _move(file, final.parent / file.name)
         finally:
             for room, _ in self._rooms:
                 shutil.rmtree(room, ignore_errors=True)
+
+
+def _move(file: Path, final: Path) -> None:
+    """Move a file into place, with the permissions of any file written there: some writers keep others out."""
+    if final.exists():
+        shutil.copymode(final, file)
+    else:
+        umask = os.umask(0)
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)
+    os.replace(file, final)
 
 
 @contextmanager

@@ -17,17 +17,19 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 import torch
 from torch import nn
 
+from .compat import mend_torchvision
 from .errors import RewriteError
 from .pickle_scan import Global, Node, Scan
 
@@ -54,6 +56,9 @@ _CALLED = REBUILD | _DATA | {TYPED, _GETATTR, "functools.partial", "_codecs.enco
 _FUNCTIONS = {"torch.nn.functional", "torch._C._nn", "torch._C._special"}
 _HOOKS = re.compile(r"_.*_hooks(_with_kwargs|_always_called)?|_compiled_call_impl")
 Allowed = tuple[Callable[..., Any], str]
+T = TypeVar("T")
+# transformers imports it late, and hides the reason when that fails
+_NEED_TORCHVISION = {"timm", "torchvision", "transformers"}
 # Beside `__del__` and unpickling methods: what turns a stored value into a call.
 _ACTIVE = {"__new__", "__call__", "__del__", "__getattr__", "__setstate__", "__reduce__", "__reduce_ex__"}
 
@@ -224,12 +229,36 @@ def _import(name: Global, installed: _Installed) -> Any:
     if not installed.defines(name):
         raise RefusedError(f"uses {name.path} as no saved module does")
     try:
-        value = vars(importlib.import_module(name.module)).get(name.name)
+        value = vars(import_mended(name.module)).get(name.name)
     except Exception as error:
         raise RewriteError(f"needs {name.module}, whose import fails: {why_import_fails(error)}") from None
     if (getattr(value, "__module__", None), getattr(value, "__qualname__", None)) != (name.module, name.name):
         raise RefusedError(f"names {name.path}, which is not defined there")
     return value
+
+
+def import_mended(name: str) -> types.ModuleType:
+    """Import a module, with torchvision mended before it or, where nobody knew that it is needed, after it failed."""
+    if name.partition(".")[0] in _NEED_TORCHVISION:
+        _needed_mending()
+    return mended(lambda: importlib.import_module(name))
+
+
+def mended(action: Callable[[], T]) -> T:
+    """What the action returns; one that fails beside a torchvision in need of mending is tried again."""
+    try:
+        return action()
+    except Exception:
+        if not _needed_mending():
+            raise
+    return action()
+
+
+def _needed_mending() -> bool:
+    """Whether torchvision was broken and is now mended; one past that is the business of whoever imports it."""
+    with suppress(Exception):
+        return mend_torchvision() is not None
+    return False
 
 
 def why_import_fails(error: Exception) -> str:

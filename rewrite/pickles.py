@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from .errors import RewriteError
 from .pickle_scan import Scan, UnreadableError, scan
-from .pickle_vet import REBUILD, TYPED, Allowed, RefusedError, vet
+from .pickle_vet import REBUILD, TYPED, Allowed, RefusedError, mended, vet
 
 TRUST = "if you trust where it comes from, --trust-pickle reads it and runs what it holds"
 _ZIP, _BEFORE_ZIP = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -136,7 +137,8 @@ def _unpickle(path: Path, allowed: Sequence[Allowed] = (), *, weights_only: bool
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([*allowed]):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=weights_only)
+            load = partial(torch.load, path, map_location="cpu", weights_only=weights_only)
+            return load() if weights_only else mended(load)
     except Exception as error:
         script_class = re.search(r"attribute '(\w+)' on <module '[^']*__main__'", str(error))
         if script_class:

@@ -137,7 +137,7 @@ def rewritten(program: Program, step: Pass, *, seed: int, share: bool = False, d
 
 
 def _sites(changes: Sequence[Change]) -> tuple[Site, ...]:
-    return tuple(Site(c.path or c.node, f"{c.kind}: {c.detail}".rstrip(": ")) for c in changes)
+    return tuple(Site(c.path or c.node, c.kind, c.detail) for c in changes)
 
 
 def _count(program: Program) -> int:

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .job import parameter_count
 from .text import Element, print_pipeline
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ FIGURES = ("output error", "site error")
 def show_outcome(console: Console, outcome: Outcome) -> None:
     """What a run did, pass by pass, and where the result is."""
     program, spec = outcome.program, outcome.job.model.spec
-    console.print(_headline(outcome.before))
+    console.print(_headline(outcome.before, captured=not outcome.job.model.is_program))
     if outcome.records:
         console.print(records_table(outcome.records))
     if program.opaque:
@@ -40,39 +41,39 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
                       soft_wrap=True)
     for note in program.origin.notes:
         console.print(Text(f"note: {note}", "yellow"))
-    if outcome.written is None:
-        console.print("dry run: nothing is written")
-    else:
-        if outcome.written.reason:
-            console.print(Text(f"not your own class again: {outcome.written.reason}", "yellow"))
-        line = Text.assemble("wrote ", (str(outcome.written.path), "bold green"), f": {outcome.written.kind}")
-        console.print(line, soft_wrap=True)
+    written = outcome.written
+    if written.reason:
+        console.print(Text(f"not your own class again: {written.reason}", "yellow"))
+    verb = "dry run, would write " if outcome.job.dry_run else "wrote "
+    console.print(Text.assemble(verb, (str(written.path), "bold green"), f": {written.kind}"), soft_wrap=True)
     if outcome.job.report is not None:
         console.print(Text.assemble("report ", (str(outcome.job.report), "bold green")), soft_wrap=True)
 
 
-def _headline(program: Program) -> Text:
-    module, _, name = program.origin.model_class.rpartition(".")
-    seconds = sum(program.origin.seconds.values())
-    took = f", captured in {seconds:.1f} s" if seconds else ""
-    parameters = sum(p.numel() for p in program.module.parameters())
-    return Text.assemble((name, "bold"), f" ({module}), {parameters:,} parameters{took}")
+def _headline(program: Program, *, captured: bool) -> Text:
+    took = f", captured in {sum(program.origin.seconds.values()):.1f} s" if captured else ""
+    name = program.origin.model_class.rpartition(".")[2]
+    return Text.assemble((name, "bold"), f", {parameter_count(program):,} parameters{took}")
 
 
 def records_table(records: Sequence[Record]) -> Table:
     """One section a pass: what it changed, what it left alone and why, what was proven, figures and warnings."""
-    table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False, expand=False)
+    return _two_columns(*(_record_rows(record) for record in records))
+
+
+def _two_columns(*sections: Iterable[tuple[str, RenderableType]]) -> Table:
+    table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for record in records:
+    for section in sections:
         table.add_section()
-        table.add_row(Text("pass", "dim"), Text(record.text, "bold cyan"))
-        for title, text in _record_rows(record):
-            table.add_row(title, text)
+        for title, content in section:
+            table.add_row(title, content)
     return table
 
 
 def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
+    yield "pass", Text(record.text, "bold cyan")
     yield "promises", record.contract
     yield "changed", _changed(record)
     if record.skipped:
@@ -123,8 +124,11 @@ def _proven(verification: Verification | None) -> Text:
 def _check(check: Check) -> Text:
     if check.detail.startswith("not checked"):
         return Text(f"{check.name} {check.detail}", "yellow")
-    figure = "" if check.error is None else f" {check.error:.1e}" if check.error else " exact"
-    return Text.assemble((check.name, "green" if check.passed else "red"), figure)
+    if check.error is not None:
+        told = f" {check.error:.1e}" if check.error else " bit for bit"
+    else:
+        told = f" ({check.detail})" if check.detail else ""
+    return Text.assemble((check.name, "green" if check.passed else "red"), told)
 
 
 def _parameters(before: int, after: int) -> str:
@@ -161,7 +165,8 @@ def show_pass(console: Console, described: Mapping[str, Any]) -> None:
             console.print(Text(_reflowed(paragraph)))
     contract = described["contract"]
     console.print()
-    console.print(Text.assemble(("promises ", "bold"), f"forward {contract['forward']}, backward {contract['backward']}"))
+    promises = f"forward {contract['forward']}, backward {contract['backward']}"
+    console.print(Text.assemble(("promises ", "bold"), promises))
     options = described["options"]
     if options:
         console.print(_options_table(options))
@@ -187,32 +192,29 @@ def _reflowed(paragraph: str) -> str:
 # ---- show ----------------------------------------------------------------------------------------------------
 
 
-def show_program(console: Console, program: Program) -> None:
-    """The layer graph at a glance: inputs, layers by type, norms, what passes cannot see, notes, history."""
-    console.print(_headline(program))
-    table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for title, rows in _sections(program):
-        table.add_section()
-        for index, row in enumerate(rows):
-            table.add_row(title if index == 0 else "", row)
-    console.print(table)
+def show_program(console: Console, program: Program, *, captured: bool) -> None:
+    """The layer graph at a glance: inputs, layers by type, norms, what passes cannot see, notes, history.
+
+    ``captured`` says whether this run did that, and so whether its seconds are of interest.
+    """
+    console.print(_headline(program, captured=captured))
+    console.print(_two_columns(_sections(program)))
 
 
-def _sections(program: Program) -> Iterator[tuple[str, Sequence[RenderableType]]]:
-    yield "parameters", [_tensors(program)]
-    yield "inputs", _inputs(program)
-    yield "layers", [_counted(_layer_types(program))]
-    yield "functions", [_counted(_function_names(program))]
-    yield "norms", _norms(program) or ["none"]
+def _sections(program: Program) -> Iterator[tuple[str, RenderableType]]:
+    yield "class", program.origin.model_class
+    yield "tensors", _tensors(program)
+    yield "inputs", Group(*_inputs(program))
+    yield "layers", _counted(_layer_types(program))
+    yield "functions", _counted(_function_names(program))
+    yield "norms", Group(*_norms(program) or [Text("no LayerNorm or RMSNorm in any spelling")])
     parts = [Text.assemble((part.path or "(the model)", "bold"), f" {part.kind}: {part.reason}")
              for part in program.opaque]
-    yield "opaque", parts or ["nothing: passes see every part of it"]
-    if program.origin.notes:
-        yield "notes", [Text(note, "yellow") for note in program.origin.notes]
-    if program.history:
-        yield "history", [Text(record.text, "cyan") for record in program.history]
+    yield "opaque", Group(*parts or [Text("nothing: passes see every part")])
+    for note in program.origin.notes:
+        yield "note", Text(note, "yellow")
+    for record in program.history:
+        yield "history", Text(record.text, "cyan")
 
 
 def _tensors(program: Program) -> Text:
@@ -247,8 +249,9 @@ def _layer_types(program: Program) -> Counter[str]:
 
 
 def _function_names(program: Program) -> Counter[str]:
-    calls = (str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return Counter(call.removeprefix("aten.").removesuffix(".default") for call in calls)
+    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
+    names = (getattr(call, "__name__", str(call)) for call in calls)
+    return Counter(name.removesuffix(".default") for name in names)
 
 
 def _counted(counts: Counter[str]) -> Text:

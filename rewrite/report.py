@@ -10,9 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Site:
-    """One place of the model that a pass changed: its module path and what was done."""
+    """One place of the model that a pass changed: its module path, the kind of change and what it was."""
 
     path: str
+    kind: str
     detail: str
 
 

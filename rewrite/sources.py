@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import traceback
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RewriteError, did_you_mean
-from .pickle_vet import why_import_fails
+from .pickle_vet import import_mended, mended, why_import_fails
 from .pickles import current_folder_importable, load_module
 
 FORMS = "a .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory"
@@ -80,7 +79,7 @@ def _read(spec: str, trust: bool) -> Source:
 
 def _library(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return import_mended(name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             raise RewriteError(f"{name} is not installed: pip install {name}") from None
@@ -162,7 +161,7 @@ def _call_factory(spec: str, module_name: str, attribute: str) -> nn.Module:
         if not callable(value):
             raise RewriteError(f"{spec} is a {type(value).__name__}; a function that returns the model is needed")
         try:
-            model = value()
+            model = mended(value)
         except Exception as error:
             raise RewriteError(f"{spec} called without arguments raises {_located(error)}") from None
     if not isinstance(model, nn.Module):
@@ -172,7 +171,7 @@ def _call_factory(spec: str, module_name: str, attribute: str) -> nn.Module:
 
 def _import_user_module(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return import_mended(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise RewriteError(f"there is no module {error.name}, neither installed nor in {Path.cwd()}") from None

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -138,6 +138,32 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             notes.append(f"dynamic sizes reduced: {_first_line(errors[1])}")
         return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
+
+
+def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Export a layer graph as it stands (mode, outputs), its dynamic sizes kept as far as torch.export can."""
+    errors: list[Exception] = []
+    for dynamic in _dynamic_choices(inputs):
+        try:
+            with _quiet(), keyword_safe():
+                return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
+        except Exception as error:
+            errors.append(error)
+    raise RewriteError(f"torch.export cannot export the program: {_first_line(errors[-1])}") from errors[-1]
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The inputs with a batch of one doubled: a size of one would be baked into the graph."""
+    tensors = [v for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+               if isinstance(v, torch.Tensor) and v.dim()]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return inputs
+
+    def double(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
+
+    args, kwargs = pytree.tree_map(double, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(inputs.signature, args, kwargs)
 
 
 def _attempts(inputs: Inputs) -> Iterator[tuple[Any, bool]]:

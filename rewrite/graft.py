@@ -1,0 +1,145 @@
+"""Giving the user's own class back: a copy of their model with the layers swapped that passes replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from .errors import RewriteError
+from .graphs import attribute
+from .program import LayerGraph, Program
+from .verify import TOLERANCE, Mode, clone, difference, run
+
+_PLAIN = (bool, int, float, str, tuple, torch.Size)
+
+
+def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Module:
+    """A copy of ``model`` with the layers that the program's history replaced, and the program's parameters.
+
+    ``model`` is any instance of the captured class with the captured parameter shapes. Unless ``verify`` is False, the
+    copy is compared with the program on its example inputs, in both modes, in exact arithmetic.
+
+    Raises RewriteError, by name, for another class or other shapes; for an edit at a path that is no module of the
+    model, or of a module that does more than the replaced layer; for a shared module of which one call was edited;
+    and for edits of the graph between layers. The model is not changed.
+    """
+    _check_class(program, model)
+    _check_shapes(program, model)
+    paths = list(dict.fromkeys(_edited_paths(program)))
+    for path in paths:
+        _check_path(program, model, path)
+    made = clone(model)
+    _load(made, program, set(paths))
+    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in paths}, _own_tensors(program, made))
+    for path, layer in layers.items():
+        _set(made, path, layer)
+    if verify:
+        _verify(program, made)
+    return made
+
+
+def _check_class(program: Program, model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, LayerGraph):
+        raise RewriteError("graft takes your own model, not a program's module")
+    if kind != program.origin.model_class:
+        raise RewriteError(f"the program was captured from {program.origin.model_class}, this model is a {kind}: "
+                           "graft onto an instance of the captured class")
+
+
+def _check_shapes(program: Program, model: nn.Module) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, shape in program.origin.parameter_shapes.items():
+        if shapes.get(name) != shape:
+            raise RewriteError(f"parameter {name} has shape {shapes.get(name)} in this model and {shape} in the captured "
+                               "one: build it with the captured model's configuration")
+
+
+def _edited_paths(program: Program) -> Iterator[str]:
+    for record in program.history:
+        for site in record.changes:
+            if site.kind == "set parameter":
+                continue
+            if site.kind != "replace layer":
+                raise RewriteError(f"pass {record.text} changed the graph between layers ({site.kind} at {site.path}): "
+                                   "that cannot be put into your class; save the program as .pt2")
+            yield site.path
+
+
+def _check_path(program: Program, model: nn.Module, path: str) -> None:
+    if not isinstance(attribute(model, path), nn.Module):
+        base = path.rpartition("_")[0]
+        if isinstance(attribute(model, base), nn.Module):
+            raise RewriteError(f"{base} is a module called several times, of which one call was edited: your class "
+                               "cannot hold that; edit all its calls, or save the program as .pt2")
+        raise RewriteError(f"{path} is no module of your model but a call inside its code: save the program as .pt2")
+    partial = next((n for n in _calls(program, path) if not n.meta.get("whole")), None)
+    if partial is not None:
+        kind = type(attribute(model, path)).__name__
+        raise RewriteError(f"{path} is a {kind}, which does more than the layer that was replaced in it: save the program "
+                           "as .pt2")
+
+
+def _calls(program: Program, path: str) -> list[Node]:
+    return [n for n in program.graph.nodes if n.op == "call_module" and n.target == path]
+
+
+def _load(made: nn.Module, program: Program, edited: set[str]) -> None:
+    """Give the copy the program's values wherever both have a tensor and no layer is swapped."""
+    ours = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+            swapped = any(name.startswith(path + ".") for path in edited)
+            value = ours.get(name)
+            if not swapped and value is not None and value.shape == tensor.shape and not value.is_meta:
+                tensor.copy_(value)
+
+
+def _own_tensors(program: Program, made: nn.Module) -> Mapping[int, Any]:
+    """For deepcopy: the program's tensors that the copy has too, so that ties between old and new layers stay."""
+    theirs = dict(made.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in program.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    kept = {}
+    for key, group in names.items():
+        shared = [theirs[n] for n in group if n in theirs]
+        if len(group) > 1 and len({id(t) for t in shared}) == 1:
+            kept[key] = shared[0]
+    return kept
+
+
+def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a layer at a path, and wherever else the module there is held; plain attributes are carried over."""
+    old = model.get_submodule(path)
+    for name, value in vars(old).items():
+        if isinstance(value, _PLAIN) and not hasattr(layer, name):
+            setattr(layer, name, value)
+    layer.train(old.training)
+    for holder in list(model.modules()):
+        for name, child in list(holder._modules.items()):
+            if child is old:
+                holder._modules[name] = layer
+
+
+def _verify(program: Program, made: nn.Module) -> None:
+    tensors = [*made.parameters(), *made.buffers()]
+    if any(t.is_meta for t in tensors):
+        return
+    untrained = any(part.kind == "training mode" for part in program.opaque)
+    modes: tuple[Mode, ...] = ("eval",) if untrained else ("eval", "train")
+    args, kwargs = program.example_args, dict(program.example_kwargs)
+    if "use_cache" in program.module.interface.signature.parameters:
+        kwargs.setdefault("use_cache", False)
+    for mode in modes:
+        gap = difference(run(program.module, args, kwargs, mode, exact=True, by_layer=False),
+                         run(made, args, kwargs, mode, exact=True, by_layer=False))
+        if gap.largest > TOLERANCE:
+            raise RewriteError(f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
+                               f"gradients {gap.gradients:.1e} at {gap.worst_gradient or 'none'}, buffers "
+                               f"{gap.buffers:.1e}) {gap.problem}: save the program as .pt2")
