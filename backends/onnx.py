@@ -36,6 +36,9 @@ Measured in float32: 1e-7 to 2e-6 over the development models, before and after 
 float32 whatever the model's dtype is, hence the 1e-6 for float64.
 """
 
+_NOISE = re.compile(r"\x1b\[[0-9;]*m"  # colours
+                    r"|\[ONNXRuntimeError\] : \d+ : \w+ : "
+                    r"|/onnxruntime_src/.* was false\. ")  # the place in its source
 _FIRST_OPSET = 18  # of torch's exporter
 _MOST_IN_ONE_FILE = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph needs some of it
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
@@ -48,6 +51,7 @@ class Written:
     file: Path
     flat: Flat
     inputs: list[torch.Tensor]
+    opset: int
     dynamic: bool
     tolerance: float
 
@@ -97,7 +101,7 @@ def write(program: Program, file: Path, *, opset: int | None = None, external_da
         large = _weights(model) > _MOST_IN_ONE_FILE
         model.save(file, external_data=large if external_data is None else external_data)
     _check_format(program, file)
-    return Written(file, flat, inputs, dynamic, _tolerance(exported))
+    return Written(file, flat, inputs, opset or OPSET, dynamic, _tolerance(exported))
 
 
 def need(*packages: str) -> None:
@@ -123,10 +127,10 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error goes back to, without colours and error numbers, at most 300 characters."""
+    """The first line of what an error goes back to, without noise, at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = re.sub(r"\x1b\[[0-9;]*m|\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip().splitlines()
+    lines = _NOISE.sub("", str(error)).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
@@ -267,8 +271,9 @@ def check(program: Program, written: Written, session: Session) -> None:
             try:
                 got = session(inputs)
             except Exception as error:
-                raise RewriteError(f"{program.origin.model_class} in ONNX fails with {what}: {reason(error)}; other "
-                                   "lowerings do not need ONNX") from error
+                way_out = f"opset {OPSET} may do" if written.opset > OPSET else "other lowerings do not need ONNX"
+                raise RewriteError(f"{program.origin.model_class} in ONNX fails with {what}: {reason(error)}; "
+                                   f"{way_out}") from error
             for name, ours, theirs in zip(written.flat.outputs, wanted, got, strict=True):
                 _compare(program, f"{name} with {what}", torch.as_tensor(ours), theirs, written.tolerance)
             break

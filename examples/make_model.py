@@ -6,10 +6,11 @@ python examples/make_model.py [NAME] [-o model.pt]
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import torch
+
+from rewrite.compat import mend_torchvision
 
 
 def main() -> None:
@@ -27,28 +28,11 @@ def main() -> None:
 
 def build(name: str, seed: int = 0) -> torch.nn.Module:
     """A timm model in its default configuration, in training mode, with weights that depend on the seed alone."""
-    library = _complete_torchvision()
+    mend_torchvision()  # timm imports torchvision, which beside a CPU build of torch may be broken
     import timm
 
-    del library
     torch.manual_seed(seed)
     return timm.create_model(name)
-
-
-def _complete_torchvision() -> torch.library.Library | None:
-    """timm imports torchvision, which beside a CPU build of torch misses two operators: define them."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.submodule_search_locations is None:
-        return None
-    try:
-        for extension in Path(spec.submodule_search_locations[0]).glob("_C.*"):
-            torch.ops.load_library(str(extension))
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
 
 
 if __name__ == "__main__":

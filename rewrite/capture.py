@@ -20,7 +20,7 @@ from .conditions import conditions
 from .errors import RewriteError
 from .flatten import drop_dead, flatten
 from .functions import AutogradFunction
-from .graphs import aten, attribute, call_arguments, overload, packet
+from .graphs import aten, attribute, call_arguments, fixed_size, overload, packet
 from .interface import Argument, Interface, named_arguments
 from .lift import lift_layers
 from .literals import drop_idle_casts, follow_devices, follow_dtypes
@@ -292,14 +292,6 @@ def dimensions(graph: Graph) -> tuple[Dimension, ...]:
             reason = "" if fixed is None else "an example size of 1" if fixed == 1 else "the model's code fixes it"
             found.append(Dimension(node.name, axis, number, fixed is None, reason))
     return tuple(found)
-
-
-def fixed_size(size: Any) -> int | None:
-    """The number that a size is or was specialised to, None for a dynamic one."""
-    if isinstance(size, torch.SymInt):
-        expression = size.node.expr
-        return int(expression) if expression.is_number else None
-    return int(size)
 
 
 def opaque_parts(module: LayerGraph) -> tuple[Opaque, ...]:

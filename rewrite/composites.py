@@ -7,6 +7,7 @@ random input and are compared with the formula. So any spelling, any order of ca
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from .exact import ExactArithmetic
-from .graphs import aten, leaves, module_stack, mutated_arguments, overload, packet, tensor_value
 from .codegen import compile_graph
+from .exact import ExactArithmetic
+from .graphs import aten, fixed_size, leaves, module_stack, mutated_arguments, overload, packet, tensor_value
 from .regions import Region, carve, free_inputs, replace_with_call, used_outside
 from .skeleton import Skeleton
 
@@ -119,10 +120,14 @@ def groups(graph: Graph) -> Iterator[Group]:
             calls.setdefault(stack[-1][0], []).append(node)
             paths[stack[-1][0]] = stack[-1][1]
     for key, nodes in calls.items():
-        if 2 <= len(nodes) <= _LONGEST and paths[key] and all(overload(n) is not None for n in nodes):
+        if 2 <= len(nodes) <= _LONGEST and paths[key] and all(_is_operator(n) for n in nodes):
             group = _group(paths[key], nodes)
             if group is not None:
                 yield group
+
+
+def _is_operator(node: Node) -> bool:
+    return overload(node) is not None or node.target is operator.getitem
 
 
 def _group(path: str, nodes: list[Node]) -> Group | None:
@@ -227,7 +232,7 @@ def _norm_meaning(group: Group) -> NormMeaning | None:
         return None
     for axis in _axes(shape):
         channels = shape[axis]
-        if any(p.numel() != channels for p in parameters):
+        if fixed_size(value.shape[axis]) is None or any(p.numel() != channels for p in parameters):
             continue
         for eps in _numbers(group):
             for kind, normal in _normals(source, axis, eps):

@@ -19,6 +19,14 @@ def tensor_value(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def fixed_size(size: Any) -> int | None:
+    """The number that a size is or was specialised to, None for a dynamic one."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else None
+    return int(size)
+
+
 def is_floating(node: Any) -> bool:
     """Whether a node yields one floating tensor."""
     value = tensor_value(node)

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .graphs import mutated_arguments, overload
+from .layers import ModalOperator
 from .program import Program
+from .regions import Region
 
 if TYPE_CHECKING:
     from .pipeline import Context
@@ -81,11 +83,22 @@ class Rule(abc.ABC):
 
 def apply_rules(program: Program, context: Context, *rules: Rule) -> int:
     """Apply each rule at each of its matches, once; failed checks are noted as skipped. The number of rewrites."""
+    return sum(_apply_rule(program, context, rule) for rule in rules)
+
+
+def _apply_rule(program: Program, context: Context, rule: Rule) -> int:
+    """Rounds of matching: a match whose values an earlier rewrite of the round changed waits for the next one."""
     done = 0
-    for rule in rules:
+    matches = list(find(program, rule.pattern))
+    while matches:
         used: set[Node] = set()
-        for match in list(find(program, rule.pattern)):
+        waiting: set[Node] = set()
+        for match in matches:
             if used.intersection(match.nodes):
+                continue
+            if not _holds(match, rule.pattern, program):
+                waiting.add(match.root)
+                used.update(match.nodes)
                 continue
             reason = rule.check(match, program)
             if reason is not None:
@@ -94,7 +107,15 @@ def apply_rules(program: Program, context: Context, *rules: Rule) -> int:
             used.update(match.nodes)
             rule.rewrite(match, program, context)
             done += 1
+        matches = [m for m in find(program, rule.pattern) if m.root in waiting] if waiting else []
     return done
+
+
+def _holds(match: Match, pattern: Pattern, program: Program) -> bool:
+    """Whether a match found earlier is still there, with the same values."""
+    now = Match(match.root)
+    return _matches(pattern, match.root, now, program, root=True) and set(now.nodes) == set(match.nodes) \
+        and all(value is match.values[name] for name, value in now.values.items())
 
 
 def _path(node: Node) -> str:
@@ -106,7 +127,7 @@ def find(program: Program, pattern: Pattern) -> Iterator[Match]:
 
     An inner node of a match is used by the match alone; one that others use too does not match.
     """
-    writes = Writes(program)
+    writes = Writes(program.graph, program.module)
     for node in program.graph.nodes:
         match = Match(node)
         if _matches(pattern, node, match, program, root=True):
@@ -142,13 +163,13 @@ def _is_target(pattern: Call | Layer, node: Node, program: Program) -> bool:
 class Writes:
     """Where tensors are written in place, by groups of values that may share memory."""
 
-    def __init__(self, program: Program) -> None:
-        self.order = {node: i for i, node in enumerate(program.graph.nodes)}
+    def __init__(self, graph: Graph, module: nn.Module) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.group: dict[Node, Node] = {}
         self.writes: dict[Node, list[int]] = {}
-        for node in program.graph.nodes:
-            self._share(node, _aliased(program, node))
-            for written in _written(program, node):
+        for node in graph.nodes:
+            self._share(node, _aliased(module, node))
+            for written in _written(module, node):
                 self.writes.setdefault(self._root(written), []).append(self.order[node])
         self.writes = self._merged()
 
@@ -168,6 +189,10 @@ class Writes:
                 return True
         return False
 
+    def into(self, node: Node) -> bool:
+        """Whether anything writes into a value."""
+        return self._root(node) in self.writes
+
     def _root(self, node: Node) -> Node:
         while self.group.get(node, node) is not node:
             node = self.group[node]
@@ -186,7 +211,7 @@ class Writes:
         return {node: sorted(places) for node, places in merged.items()}
 
 
-def _aliased(program: Program, node: Node) -> list[Node]:
+def _aliased(module: nn.Module, node: Node) -> list[Node]:
     """The inputs whose memory a node's value may share."""
     found = overload(node)
     if found is not None:
@@ -196,10 +221,9 @@ def _aliased(program: Program, node: Node) -> list[Node]:
             if argument.alias_info is not None and isinstance(value, Node):
                 shared.append(value)
         return shared
-    if node.op == "call_module":
-        same = [n for n in node.all_input_nodes if _same_shape(n, node)]
-        return same
-    return list(node.all_input_nodes) if node.op == "call_function" else []
+    if node.op == "call_module" and not isinstance(module.get_submodule(str(node.target)), Region):
+        return [n for n in node.all_input_nodes if _same_shape(n, node)]
+    return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
 
 
 def _same_shape(a: Node, b: Node) -> bool:
@@ -207,9 +231,19 @@ def _same_shape(a: Node, b: Node) -> bool:
     return getattr(x, "shape", None) == getattr(y, "shape", ())
 
 
-def _written(program: Program, node: Node) -> list[Node]:
-    if node.op == "call_module" and getattr(program.layer(node), "inplace", False):
-        return [n for n in node.args if isinstance(n, Node)]
-    return list(mutated_arguments(node))
+def _written(module: nn.Module, node: Node) -> list[Node]:
+    if node.op != "call_module":
+        return list(mutated_arguments(node))
+    layer = module.get_submodule(str(node.target))
+    if isinstance(layer, Region):
+        places = {i for graph in layer.graphs.values() for i in _written_inputs(graph, layer)}
+        return [n for i, n in enumerate(node.args) if i in places and isinstance(n, Node)]
+    mutable = isinstance(layer, ModalOperator) and layer.overload._schema.is_mutable
+    return list(node.all_input_nodes) if mutable or getattr(layer, "inplace", False) else []
+
+
+def _written_inputs(graph: Graph, module: nn.Module) -> list[int]:
+    writes = Writes(graph, module)
+    return [i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if writes.into(n)]
 
 

@@ -195,7 +195,7 @@ def _write_module(program: Program, model: nn.Module | None, path: Path, staging
     except Exception as error:  # pickle has no error of its own: any class may raise anything
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RewriteError(f"a {type(grafted).__name__} cannot be pickled: {line}") from None
-    return Written(path, f"{type(grafted).__name__}, read it with torch.load")
+    return Written(path, f"{type(grafted).__name__}, read it with torch.load(..., weights_only=False)")
 
 
 def _write_program(program: Program, path: Path, staging: Staging, reason: str = "") -> Written:

@@ -91,7 +91,7 @@ def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
 
 def _changed(record: Record) -> RenderableType:
     if record.changes:
-        return _by_reason((site.path, site.detail) for site in record.changes)
+        return _by_reason((site.path, f"{site.kind}: {site.detail}".rstrip(": ")) for site in record.changes)
     return Text("nothing" if record.skipped else "nothing: the model has no place for this pass", "yellow")
 
 

@@ -67,7 +67,9 @@ class Skeleton:
     def holds_anything(self, path: str) -> bool:
         """Whether the module at a path has parameters, buffers or children of its own."""
         module = attribute(self.root, path)
-        return module is None or bool(module._parameters or module._buffers or module._modules)
+        if module is None:
+            return True
+        return any(v is not None for kind in (module._parameters, module._buffers, module._modules) for v in kind.values())
 
     def fresh(self, path: str) -> str:
         """``path``, or the first of ``path_1``, ``path_2``, ... that is free."""

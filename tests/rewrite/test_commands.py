@@ -134,16 +134,11 @@ class Interrupted(Broken):
 
 
 @pytest.fixture
-def test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry knows the passes above beside the installed ones."""
     made = [EntryPoint(each.name, f"{each.__module__}:{each.__name__}", registry.PASSES)
             for each in (Liar, Picky, Broken, Interrupted)]
-    monkeypatch.setitem(sys.modules, Liar.__module__, sys.modules.get(Liar.__module__) or _this_module())
     monkeypatch.setattr(registry, "entry_points", lambda group: [*entry_points(group=group), *made])
-
-
-def _this_module() -> Any:
-    return next(m for m in list(sys.modules.values()) if getattr(m, "Liar", None) is Liar)
 
 
 # ---- apply: results --------------------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def test_several_passes_are_named_in_the_result(model: Path) -> None:
 def test_apply_prints_what_happened(model: Path) -> None:
     text = run("apply", model, "-p", "dyt{where=1}", *MLP_INPUTS, "--dry-run").stdout
     assert ESCAPE not in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.splitlines()[:-1])) <= 80  # the last names the file, unbroken
     rows = {line.split()[0]: line for line in text.splitlines() if len(line.split()) > 1}
     assert "Sequential, 252 parameters, captured in" in text
     assert "dyt{where=1}" in rows["pass"]
@@ -343,7 +338,7 @@ def test_report(model: Path) -> None:
     assert set(report["capture"]) == {"seconds", "dimensions", "opaque", "notes"}
     record, = report["passes"]
     assert record["options"] == {"alpha": 0.5, "where": "1"}
-    assert record["changes"] == [{"path": "1", "detail": "replace layer: LayerNorm -> DynamicTanh"}]
+    assert record["changes"] == [{"path": "1", "kind": "replace layer", "detail": "LayerNorm -> DynamicTanh"}]
     assert record["skipped"] == [{"path": "4", "reason": "not selected by where=1"}]
     assert all(check["passed"] for check in record["verification"]["checks"])
     assert record["verification"]["seed"] == 7
@@ -363,7 +358,7 @@ def test_no_verify_is_said(model: Path) -> None:
     assert "nothing: --no-verify" in run("apply", model, "-p", "dyt", *MLP_INPUTS, "--dry-run", "--no-verify").stdout
 
 
-@pytest.mark.usefixtures("test_passes")
+@pytest.mark.usefixtures("own_passes")
 def test_a_pass_that_changes_nothing_says_why(model: Path) -> None:
     text = run("apply", model, "-p", "picky", *MLP_INPUTS, "--dry-run").stdout
     assert re.search(r"changed +nothing\n", re.sub(" +\n", "\n", text))
@@ -375,7 +370,7 @@ def test_a_pass_that_changes_nothing_says_why(model: Path) -> None:
 # ---- apply: mistakes -------------------------------------------------------------------------------------
 
 
-def test_a_broken_promise_leaves_all_as_it_was(model: Path, tmp_path: Path, test_passes: None) -> None:
+def test_a_broken_promise_leaves_all_as_it_was(model: Path, tmp_path: Path, own_passes: None) -> None:
     Path("out.pt").write_bytes(b"precious")
     before = contents(tmp_path)
     error = fails("apply", model, "-p", "liar", *MLP_INPUTS, "-o", "out.pt", "--report", "r.json")
@@ -398,7 +393,7 @@ def test_a_failing_write_leaves_all_as_it_was(model: Path, tmp_path: Path, monke
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
 
-@pytest.mark.usefixtures("test_passes")
+@pytest.mark.usefixtures("own_passes")
 def test_the_unforeseen_keeps_its_traceback(model: Path) -> None:
     result = CliRunner().invoke(app, ["apply", str(model), "-p", "broken", *MLP_INPUTS])
     assert result.exit_code == 1
