@@ -48,12 +48,29 @@ def flattened(program: Program) -> Flat:
     """The flat form of a program; the program is left as it is."""
     module = evaluated(program).cpu()
     nodes, _ = flat_outputs(module)
-    inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder")
+    inputs = input_names(module.interface)
     names = tuple(f"{name}_output" if name in inputs else name for name in nodes.values())
     module.graph.output_node().args = (tuple(nodes),)
     module.__dict__["interface"] = _flat_interface(module.interface, inputs, len(nodes))
     module.recompile()
     return Flat(module, inputs, names)
+
+
+def input_names(interface: Interface) -> tuple[str, ...]:
+    """A name for each graph input: the argument's, numbered where an argument holds several tensors."""
+    names = [""] * interface.input_count
+    for argument in interface.arguments:
+        for i, place in enumerate(argument.leaves):
+            if place is not None:
+                name = re.sub(r"\W", "_", argument.name)
+                names[place] = name if len(argument.leaves) == 1 else f"{name}_{i}"
+    return tuple(names)
+
+
+def dynamic_axes(program: Program) -> list[dict[int, Dimension]]:
+    """The dynamic dimensions of each graph input, by axis."""
+    placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    return [{d.axis: d for d in program.dimensions if d.dynamic and d.input == name} for name in placeholders]
 
 
 def flat_outputs(module: LayerGraph) -> tuple[dict[Node, str], list[Leaf]]:
@@ -120,10 +137,9 @@ def other_sizes(program: Program) -> Iterator[tuple[str, list[list[torch.Tensor]
 
 def resized(program: Program, inputs: Sequence[torch.Tensor], size: Callable[[Dimension], int]) -> list[torch.Tensor]:
     """The inputs with ``size`` elements along each dynamic dimension: fewer, or the first ones again."""
-    found = dict(zip((n.name for n in program.graph.nodes if n.op == "placeholder"), inputs, strict=True))
-    for dimension in program.dimensions:
-        if dimension.dynamic:
-            value = found[dimension.input]
-            wanted = torch.arange(size(dimension)) % value.shape[dimension.axis]
-            found[dimension.input] = value.index_select(dimension.axis, wanted)
-    return list(found.values())
+    made = []
+    for value, axes in zip(inputs, dynamic_axes(program), strict=True):
+        for axis, dimension in axes.items():
+            value = value.index_select(axis, torch.arange(size(dimension)) % value.shape[axis])
+        made.append(value)
+    return made

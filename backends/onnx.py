@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from rewrite.errors import RewriteError
 from rewrite.verify import relative_error
 
-from .flat import Flat, examples, flattened, other_sizes
+from .flat import Flat, dynamic_axes, examples, flattened, other_sizes
 from .session import CPU, Session
 
 if TYPE_CHECKING:
@@ -140,20 +140,26 @@ def reason(error: BaseException) -> str:
 
 def _exported(program: Program, flat: Flat, inputs: Sequence[torch.Tensor], dynamic: bool) -> ExportedProgram:
     """The flat program as torch.export has it, with the program's dynamic dimensions."""
-    free = [d for d in program.dimensions if d.dynamic and dynamic]
-    shapes = {name: {d.axis: Dim.AUTO for d in free if d.input == name} for name in flat.inputs}
+    free = dynamic_axes(program) if dynamic else [{} for _ in flat.inputs]
+    shapes = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in free)
     try:
         with torch.no_grad():
             exported = torch.export.export(flat.module, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _failure(program, "torch.export stops", error) from error
-    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
-    for d in free:
-        if isinstance(values[d.input].shape[d.axis], int):
-            raise RewriteError(f"{program.origin.model_class} cannot keep {d.input}[{d.axis}] dynamic in ONNX: its "
-                               f"evaluation fixes it at {d.size}; dynamic=False exports it with the example's sizes")
+    for name, value, axes in zip(flat.inputs, _user_inputs(exported), free, strict=True):
+        for axis, dimension in axes.items():
+            if isinstance(value.meta["val"].shape[axis], int):
+                raise RewriteError(f"{program.origin.model_class} cannot keep {name}[{axis}] dynamic in ONNX: its "
+                                   f"evaluation fixes it at {dimension.size}; dynamic=False exports it with the "
+                                   "example's sizes")
     _settle_strides(exported)
     return exported
+
+
+def _user_inputs(exported: ExportedProgram) -> list[torch.fx.Node]:
+    names = exported.graph_signature.user_inputs
+    return [node for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
 
 
 def _settle_strides(exported: ExportedProgram) -> None:
@@ -179,7 +185,7 @@ def _converted(program: Program, flat: Flat, exported: ExportedProgram, opset: i
     try:
         model = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=opset,
                                   input_names=list(flat.inputs), output_names=list(flat.outputs),
-                                  dynamic_shapes=_axis_names(exported))
+                                  dynamic_shapes=_axis_names(flat.inputs, exported))
     except Exception as error:
         raise _failure(program, "the conversion stops", error) from error
     assert model is not None
@@ -191,13 +197,11 @@ def _converted(program: Program, flat: Flat, exported: ExportedProgram, opset: i
     return model
 
 
-def _axis_names(exported: ExportedProgram) -> tuple[dict[int, str], ...]:
+def _axis_names(inputs: Sequence[str], exported: ExportedProgram) -> tuple[dict[int, str], ...]:
     """Names for the symbols of input sizes, each where it first stands: ``batch``, ``sequence``, ``x_axis2``."""
     names: list[dict[int, str]] = []
     seen: set[str] = set()
-    for node in exported.graph.nodes:
-        if node.op != "placeholder" or node.name not in exported.graph_signature.user_inputs:
-            continue
+    for name, node in zip(inputs, _user_inputs(exported), strict=True):
         names.append({})
         value = node.meta["val"]
         for axis, size in enumerate(value.shape):
@@ -208,7 +212,7 @@ def _axis_names(exported: ExportedProgram) -> tuple[dict[int, str], ...]:
             if axis == 1 and value.dim() == 2 and not value.is_floating_point():
                 kind = "sequence"
             taken = any(kind in named.values() for named in names)
-            names[-1][axis] = f"{node.name}_{kind}" if taken or kind.startswith("axis") else kind
+            names[-1][axis] = f"{name}_{kind}" if taken or kind.startswith("axis") else kind
     return tuple(names)
 
 

@@ -65,15 +65,19 @@ def _providers(asked: Sequence[str] | None) -> list[str]:
 
     available = onnxruntime.get_available_providers()
     if asked is None:
-        return [CUDA, CPU] if torch.cuda.is_available() and CUDA in available else [CPU]
+        return [CUDA, CPU] if _has_cuda() and CUDA in available else [CPU]
     names = [_SHORT.get(name, name) for name in ([asked] if isinstance(asked, str) else asked)]
     for name in names:
         if name not in available:
             raise RewriteError(f"this ONNX Runtime has no {name}; it has {', '.join(available)}"
                                + "; CUDA is in the package onnxruntime-gpu" * (name == CUDA))
-    if CUDA in names and not torch.cuda.is_available():
+    if CUDA in names and not _has_cuda():
         raise RewriteError("PyTorch sees no CUDA device, so ONNX Runtime cannot be given one: leave providers out")
     return names
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 def _opened(file: Path, providers: list[str], asked: bool) -> Session:

@@ -34,6 +34,7 @@ from rewrite.verify import clone, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 STEPS = ("capture", "eval", "train", "other size", "dyt", "save", "load", "graft", "step", "bfloat16", "double", "meta")
+BATCH = 8
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -67,16 +68,24 @@ def cases(what: str) -> list[Any]:
 
 def run_all(what: str, names: list[str], output: Path, limit: int) -> None:
     done = {json.loads(line)["name"] for line in output.read_text().splitlines()} if output.exists() else set()
-    for case in cases(what):
-        if (names and case.name not in names) or case.name in done:
-            continue
-        began = time.perf_counter()
-        result = {"name": case.name, "library": what, **limited(lambda case=case: one(case), limit)}
-        result["seconds"] = round(time.perf_counter() - began, 1)
+    chosen = [c for c in cases(what) if (not names or c.name in names) and c.name not in done]
+    for start in range(0, len(chosen), BATCH):
+        with tempfile.TemporaryDirectory() as folder:
+            results = {case.name: timed(case, what, Path(folder), limit) for case in chosen[start:start + BATCH]}
+            load_elsewhere(Path(folder), results)
         with output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        bad = {k: v for k, v in result["steps"].items() if v != "ok"}
-        print(f"{case.name:40} {result['seconds']:6} s  {bad or 'ok'}", flush=True)
+            file.writelines(json.dumps(result) + "\n" for result in results.values())
+        for name, result in results.items():
+            bad = {k: v for k, v in result["steps"].items() if v != "ok"}
+            print(f"{name:40} {result['seconds']:6} s  {bad or 'ok'}", flush=True)
+
+
+def timed(case: Any, what: str, folder: Path, limit: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    home = folder / case.name.replace("/", "_")
+    result = {"name": case.name, "library": what, **limited(lambda: one(case, home), limit)}
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    return result
 
 
 def limited(action: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def limited(action: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any
         signal.alarm(0)
 
 
-def one(case: Any) -> dict[str, Any]:
+def one(case: Any, folder: Path) -> dict[str, Any]:
     """Every step for one model; a step that fails says why, later ones go on where they can."""
     torch.manual_seed(0)
     model = case.build()
@@ -121,7 +130,7 @@ def one(case: Any) -> dict[str, Any]:
     attempt(steps, "dyt", dyt)
     if "new" in found:
         new = found["new"]
-        saved(steps, new, inputs)
+        saved(steps, new, inputs, folder)
         attempt(steps, "graft", lambda: grafted(new, case.build()))
         attempt(steps, "step", lambda: step(new, inputs))
     return {"steps": steps, **facts}
@@ -223,28 +232,37 @@ def moved(program: Any) -> str:
     return "ok"
 
 
-def saved(steps: dict[str, str], program: Any, inputs: Inputs) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.pt2"
+def saved(steps: dict[str, str], program: Any, inputs: Inputs, folder: Path) -> None:
+    """Save with the outputs that a fresh process must reproduce."""
+    folder.mkdir(parents=True)
 
-        def save() -> str:
-            rewrite.save(program, path)
-            outputs, _ = outcome(program.module, inputs, False, gradients=False)
-            torch.save((inputs, outputs), Path(folder) / "expected.pt")
-            return "ok"
+    def save() -> str:
+        rewrite.save(program, folder / "x.pt2")
+        outputs, _ = outcome(program.module, inputs, False, gradients=False)
+        torch.save((inputs, outputs), folder / "expected.pt")
+        return "ok"
 
-        attempt(steps, "save", save)
-        if steps["save"] == "ok":
-            attempt(steps, "load", lambda: load_elsewhere(Path(folder)))
+    attempt(steps, "save", save)
 
 
-def load_elsewhere(folder: Path) -> str:
-    done = subprocess.run([sys.executable, __file__, "fresh", str(folder)], capture_output=True, text=True, timeout=200)
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-200:]
+def load_elsewhere(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Load all that was saved in one fresh process, which has never seen the models."""
+    subprocess.run([sys.executable, __file__, "fresh", str(folder)], check=False, capture_output=True)
+    for name, result in results.items():
+        answer = folder / name.replace("/", "_") / "answer"
+        if result["steps"].get("save") == "ok":
+            result["steps"]["load"] = answer.read_text() if answer.exists() else "the loading process died"
 
 
 def fresh(folder: Path) -> None:
     """In a process of its own: the program and the plain export give the outputs that the writer saw."""
+    for path in sorted(folder.glob("*/expected.pt")):
+        steps: dict[str, str] = {}
+        attempt(steps, "load", lambda path=path: reloaded(path.parent))
+        (path.parent / "answer").write_text(steps["load"])
+
+
+def reloaded(folder: Path) -> str:
     program = rewrite.load(folder / "x.pt2")
     inputs, expected = torch.load(folder / "expected.pt", weights_only=True)
     outputs, _ = outcome(program.module, inputs, False, gradients=False)
@@ -254,7 +272,7 @@ def fresh(folder: Path) -> None:
     gap = max((relative_error(x, y) for x, y in zip(expected, outputs, strict=True)), default=0.0)
     other = max((relative_error(x, y) for x, y in zip(expected, plain, strict=True)), default=0.0)
     ok = gap == 0 and other <= 1e-5 and len(program.history) == 1
-    print("ok" if ok else f"program {gap:.1e}, torch.export.load {other:.1e}")
+    return "ok" if ok else f"program {gap:.1e}, torch.export.load {other:.1e}"
 
 
 def grafted(program: Any, model: nn.Module) -> str:

@@ -134,7 +134,6 @@ class _Capture:
         output_specs = (train.graph_module._out_spec, evaluation[0].graph_module._out_spec)
         interface = _interface(self.inputs, graph, output_specs, train)
         self._align(graph, check, check_dtype, skeleton)
-        drop_idle_casts(graph)
         finish(graph, skeleton, self.model, train)
         module = LayerGraph(skeleton.root, graph, interface)
         _copy_modes(self.model, module)
@@ -154,6 +153,7 @@ class _Capture:
         _note_modes(alignment)
         skeleton.index(graph)
         switch_modes(graph, middle if alignment.partner is not partner else check, alignment, skeleton.place)
+        drop_idle_casts(graph)
         if check_dtype is not self.dtype:
             follow_dtypes(graph, partner, check, self.dtype, check_dtype)
 

@@ -94,7 +94,12 @@ def _check_values(program: Program) -> Check:
             if "provenance" not in node.meta and not any(n.meta.get("provenance") for n in node.all_input_nodes):
                 values[node] = node.meta.get("val")
                 continue
-            values[node] = fake_value(program.module, node, values)
+            try:
+                values[node] = fake_value(program.module, node, values)
+            except Exception:
+                if "provenance" in node.meta:
+                    raise
+                values[node] = node.meta.get("val")  # an operator that dynamic sizes defeat, as recurrent ones do
             if carried is not None and _described(values[node]) != _described(carried):
                 return Check("values", False, f"{node.name} gives {_described(values[node])}, "
                                               f"its metadata says {_described(carried)}")
@@ -140,8 +145,6 @@ def _state(before: Program, after: Program, changes: Sequence[Change]) -> Check:
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same values (NaN equals NaN); on the meta device, the same shape."""
-    if a is b:
-        return True
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     return a.is_meta or torch.equal(a, b) or bool(torch.equal(a.isnan(), b.isnan())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
+from rewrite.backends import onnxruntime as backend
 from rewrite.backends import session
 from tests.backends.models import Mlp, Outputs, Transformer, error, mlp, tokens, transformer
 
@@ -22,7 +23,7 @@ class Types(nn.Module):
     """Inputs of several dtypes, one of them unused, and outputs of several."""
 
     def forward(self, x: Tensor, small: Tensor, flag: Tensor, unused: Tensor) -> tuple[Any, ...]:
-        return x * small[:, None].to(x.dtype), small + 1, ~flag, x.sum(), x.double()
+        return x * small[:, None].to(x.dtype), small + 1, ~flag, x.mean(), x.double()
 
 
 def types(dtype: torch.dtype, batch: int) -> tuple[Tensor, ...]:
@@ -103,7 +104,7 @@ def test_providers() -> None:
 
 def test_cuda_that_pytorch_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     program = mlp()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "_has_cuda", lambda: False)
     assert rewrite.lower(program, "onnxruntime").providers == ["CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [session.CUDA, session.CPU])
     with pytest.raises(rewrite.RewriteError, match="PyTorch sees no CUDA device"):
@@ -117,7 +118,7 @@ def test_cuda_that_does_not_start(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     def without_cuda(self: session.Session, file: Any, providers: Any) -> None:
         opened(self, file, [session.CPU])
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_has_cuda", lambda: True)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [session.CUDA, session.CPU])
     monkeypatch.setattr(session.Session, "__init__", without_cuda)
     with pytest.raises(rewrite.RewriteError, match="cannot start CUDAExecutionProvider: are the libraries"):
