@@ -109,7 +109,9 @@ def environment(device: str) -> str:
     """What this ran on."""
     import onnxruntime
 
-    on = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    on = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        on = torch.cuda.get_device_name()
     return (f"{on}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"ONNX Runtime {onnxruntime.__version__}, rewrite {rewrite.__version__}")
 
@@ -122,7 +124,7 @@ def case_of(name: str) -> Case:
 def main() -> None:
     """Run the comparison and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm name, or hf:TYPE for a small transformer")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm name, or hf:TYPE for a small one")
     parser.add_argument("--pass", dest="passes", default="dyt", help="a pipeline")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=32, help="tokens, for models that have them")
@@ -132,7 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     case = case_of(options.model)
     model = case.build().to(options.device)
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(options.device), case.inputs(options.batch, options.length))
+    inputs = case.inputs(options.batch, options.length)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(options.device), inputs)
     program = rewrite.capture(model, args, kwargs)
     converted = rewrite.apply(program, options.passes, verify=False)
     candidates = [of_model(model, args, kwargs)]

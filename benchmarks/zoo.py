@@ -1,4 +1,4 @@
-"""The whole way for every model of the zoo: capture, compare, dyt with proof, save, load in a fresh process, graft, train.
+"""The whole way for every model of the zoo, from capture over dyt and its proof to a training step of the result.
 
     python benchmarks/zoo.py timm            # one small model of every timm family, default configurations
     python benchmarks/zoo.py transformers    # transformers types, default flags, small sizes
@@ -38,7 +38,7 @@ BATCH = 8
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Late(Exception):
+class LateError(Exception):
     """A model took longer than its limit."""
 
 
@@ -90,7 +90,7 @@ def timed(case: Any, what: str, folder: Path, limit: int) -> dict[str, Any]:
 
 def limited(action: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
     def ring(*_: Any) -> None:
-        raise Late(f"more than {seconds} s")
+        raise LateError(f"more than {seconds} s")
 
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)
@@ -139,7 +139,7 @@ def one(case: Any, folder: Path) -> dict[str, Any]:
 def attempt(steps: dict[str, str], name: str, action: Callable[[], str]) -> None:
     try:
         steps[name] = action()
-    except Late:
+    except LateError:
         raise
     except Exception as error:
         steps[name] = words(error)
@@ -156,7 +156,8 @@ def widen(inputs: Inputs) -> Inputs:
     return found
 
 
-def outcome(module: nn.Module, inputs: Inputs, training: bool, *, gradients: bool = True) -> tuple[list[Any], dict[str, Any]]:
+def outcome(module: nn.Module, inputs: Inputs, training: bool, *, gradients: bool = True
+            ) -> tuple[list[Any], dict[str, Any]]:
     """Outputs and gradients of a fixed function of them, from a copy, random layers seeded by the order of draws."""
     copied = clone(module).train(training)
     args, kwargs = copy.deepcopy(inputs)
@@ -300,7 +301,8 @@ def report(files: list[Path]) -> None:
         print("| step | as it should be | otherwise |\n| --- | --- | --- |")
         for name in STEPS:
             tried = [r["steps"][name] for r in chosen if name in r["steps"]]
-            print(f"| {name} | {sum(v == 'ok' for v in tried)} of {len(chosen)} | {len(tried) - sum(v == 'ok' for v in tried)} |")
+            good = sum(v == "ok" for v in tried)
+            print(f"| {name} | {good} of {len(chosen)} | {len(tried) - good} |")
         whole = sum(all(r["steps"].get(s) == "ok" for s in STEPS) for r in chosen)
         print(f"\nEvery step as it should be: {whole} of {len(chosen)}.\n")
         causes: dict[str, list[str]] = collections.defaultdict(list)

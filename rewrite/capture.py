@@ -20,7 +20,7 @@ from .conditions import conditions
 from .errors import RewriteError
 from .flatten import drop_dead, flatten
 from .functions import AutogradFunction
-from .graphs import aten, attribute, call_arguments, fixed_size, overload, packet
+from .graphs import aten, attribute, call_arguments, fixed_size, hint_of, overload, packet
 from .interface import Argument, Interface, named_arguments
 from .lift import lift_layers
 from .literals import drop_idle_casts, follow_devices, follow_dtypes
@@ -246,7 +246,7 @@ def _interface(inputs: Inputs, graph: Graph, output_specs: tuple[Any, Any], trai
     flat = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
     if len(flat) != len(placeholders):
         raise RewriteError(f"the export has {len(placeholders)} inputs where {len(flat)} were given")
-    place = {}
+    place: dict[int, int] = {}
     for position, (node, value) in enumerate(zip(placeholders, flat, strict=True)):
         if isinstance(value, torch.Tensor):
             place[position] = len(place)
@@ -288,7 +288,7 @@ def dimensions(graph: Graph) -> tuple[Dimension, ...]:
             continue
         for axis, size in enumerate(value.shape):
             fixed = fixed_size(size)
-            number = size.node.hint if fixed is None else fixed
+            number = hint_of(size) if fixed is None else fixed
             reason = "" if fixed is None else "an example size of 1" if fixed == 1 else "the model's code fixes it"
             found.append(Dimension(node.name, axis, number, fixed is None, reason))
     return tuple(found)

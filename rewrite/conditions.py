@@ -27,7 +27,7 @@ class Condition:
         """
         tree = ast.parse(self.expression, mode="eval")
         for node in ast.walk(tree):
-            if not isinstance(node, _ALLOWED) or isinstance(node, ast.Constant) and not isinstance(node.value, int):
+            if not isinstance(node, _ALLOWED) or (isinstance(node, ast.Constant) and not isinstance(node.value, int)):
                 raise ValueError(f"not a condition on sizes: {self.expression}")
         names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
         # a function, not an eval at each call: torch.compile traces through it

@@ -193,7 +193,7 @@ def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None 
         layer = module.get_submodule(str(node.target))
         if mode is None:
             return layer(*args, **kwargs)
-        state = {name: mode.from_tensor(t.detach(), static_shapes=True)
+        state: dict[str, torch.Tensor] = {name: mode.from_tensor(t.detach(), static_shapes=True)
                  for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
         with _evaluating(layer):
             return torch.func.functional_call(layer, state, args, kwargs)

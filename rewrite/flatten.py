@@ -45,9 +45,8 @@ def flatten(module: GraphModule) -> None:
 
 def _drop_assertions(graph: Graph) -> None:
     for node in reversed(graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            graph.erase_node(node)
-        elif node.op == "call_function" and _packet_name(node.target) in _ASSERTIONS and not node.users:
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or (node.op == "call_function" and _packet_name(node.target) in _ASSERTIONS and not node.users):
             graph.erase_node(node)
 
 

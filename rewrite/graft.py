@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,13 +100,13 @@ def _load(made: nn.Module, program: Program, edited: set[str]) -> None:
                 tensor.copy_(value)
 
 
-def _own_tensors(program: Program, made: nn.Module) -> Mapping[int, Any]:
+def _own_tensors(program: Program, made: nn.Module) -> dict[int, Any]:
     """For deepcopy: the program's tensors that the copy has too, so that ties between old and new layers stay."""
     theirs = dict(made.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, parameter in program.module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    kept = {}
+    kept: dict[int, Any] = {}
     for key, group in names.items():
         shared = [theirs[n] for n in group if n in theirs]
         if len(group) > 1 and len({id(t) for t in shared}) == 1:

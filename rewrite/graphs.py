@@ -181,3 +181,8 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, slice):
         return slice(change(value.start), change(value.stop), change(value.step))
     return change(value)
+
+
+def hint_of(size: Any) -> int:
+    """The example's number for a size."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

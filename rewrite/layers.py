@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -28,8 +27,8 @@ class ScaledDotProductAttention(nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, self.is_causal,
-                                              scale=self.scale, enable_gqa=self.enable_gqa)
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa)
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}"

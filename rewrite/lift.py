@@ -104,7 +104,7 @@ class _Owners:
 
 def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owners: _Owners) -> bool:
     layer = lifted.layer()
-    owned = {name: value for name, value in lifted.owned.items()}
+    owned = dict(lifted.owned)
     whole = skeleton.covers([node])
     if any(v is not None for v in owned.values()):
         path = owners.find(node, owned, type(layer))
@@ -156,11 +156,14 @@ def _layer_name(node: Node) -> str:
 
 
 def _lift_function(graph: Graph, node: Node, skeleton: Skeleton, functions: list[FunctionCall]) -> None:
-    call = functions[int(node.args[1])]
-    path, whole = skeleton.path_for([node], call.function.__name__)
+    tensors, index = node.args
+    assert isinstance(tensors, list | tuple)
+    assert isinstance(index, int)
+    call = functions[index]
+    path, _ = skeleton.path_for([node], call.function.__name__)
     skeleton.put(path, AutogradFunction(call))
     with graph.inserting_before(node):
-        made = graph.call_module(path, tuple(node.args[0]))
+        made = graph.call_module(path, tuple(tensors))
     made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
     node.replace_all_uses_with(made)
     graph.erase_node(node)
@@ -309,6 +312,14 @@ def _activation(make: Callable[[dict[str, Any]], nn.Module]) -> Rule:
     return rule
 
 
+def _made(layer_class: Any, options: tuple[str, ...], inplace: bool) -> Callable[[dict[str, Any]], nn.Module]:
+    def make(named: dict[str, Any]) -> nn.Module:
+        layer: nn.Module = layer_class(*(named[k] for k in options), inplace=inplace)
+        return layer
+
+    return make
+
+
 _ACTIVATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "relu": (nn.ReLU, ()), "silu": (nn.SiLU, ()), "mish": (nn.Mish, ()), "selu": (nn.SELU, ()),
     "relu6": (nn.ReLU6, ()), "hardswish": (nn.Hardswish, ()), "hardsigmoid": (nn.Hardsigmoid, ()),
@@ -317,8 +328,7 @@ _ACTIVATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 for _name, (_class, _options) in _ACTIVATIONS.items():
     for _inplace in (False, True):
         if hasattr(aten, _name + "_" * _inplace):
-            _rule(getattr(aten, _name + "_" * _inplace))(_activation(
-                lambda named, c=_class, o=_options, i=_inplace: c(*(named[k] for k in o), inplace=i)))
+            _rule(getattr(aten, _name + "_" * _inplace))(_activation(_made(_class, _options, _inplace)))
 _rule(aten.gelu)(_activation(lambda named: nn.GELU(named["approximate"])))
 _rule(aten.tanh)(_activation(lambda named: nn.Tanh()))
 _rule(aten.sigmoid)(_activation(lambda named: nn.Sigmoid()))

@@ -47,11 +47,13 @@ def _literals(node: Node) -> list[Any]:
 def _anchor(graph: Graph) -> Node | None:
     tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and tensor_value(n) is not None]
     inputs = [n for n in tensors if n.op == "placeholder"]
-    return (inputs or tensors or [None])[0]
+    found = inputs or tensors
+    return found[0] if found else None
 
 
 def _first_call(graph: Graph) -> Node:
-    return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    first: Node = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    return first
 
 
 def drop_idle_casts(graph: Graph) -> None:
@@ -59,7 +61,8 @@ def drop_idle_casts(graph: Graph) -> None:
     for node in list(graph.nodes):
         if is_cast(node):
             before, after = tensor_value(node.args[0]), tensor_value(node)
-            assert before is not None and after is not None
+            assert before is not None
+            assert after is not None
             if before.dtype == after.dtype:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)

@@ -111,12 +111,14 @@ def run_pass(program: Program, step: Pass, *, seed: int = 0, share: bool = False
     began = time.perf_counter()
     result, context = rewritten(program, step, seed=seed, share=share, data=data)
     seconds = time.perf_counter() - began
-    if not _differs(program, result):
+    changed = _differs(program, result)
+    if not changed:
         context.edit.changes.clear()
     verification: Verification | None = None
     if verify:
         listener(f"verifying {step.text}")
-        verification = prove(program, result, context.edit.changes, step, seed, data=data, rerun=rewritten)
+        verification = prove(program, result, context.edit.changes, step, seed, data=data, rerun=rewritten,
+                             changed=changed)
     record = Record(step.name, step.text, step.options(), seconds, _sites(context.edit.changes), tuple(context.skipped),
                     tuple(context.warnings), str(step.contract()), (_count(program), _count(result)), verification)
     result = replace(result, history=(*program.history, record))

@@ -49,12 +49,19 @@ class VerificationError(RewriteError):
         return made
 
 
-def prove(before: Program, after: Program, changes: Sequence[Change], step: Pass, seed: int, *, data: Any, rerun: Rerun
-          ) -> Verification:
-    """Check everything that ``step`` promises for ``before -> after``; nothing of either is changed."""
+def prove(before: Program, after: Program, changes: Sequence[Change], step: Pass, seed: int, *, data: Any, rerun: Rerun,
+          changed: bool = True) -> Verification:
+    """Check everything that ``step`` promises for ``before -> after``; nothing of either is changed.
+
+    ``changed`` is whether the two differ at all: a difference that no edit accounts for is a failure.
+    """
     began = time.perf_counter()
     contract = step.contract()
     checks = list(_structure(before, after, changes))
+    if changed and not changes:
+        checks.append(Check("journal", False, "the program changed without an edit"))
+    if not all(check.passed for check in checks):
+        return Verification(tuple(checks), time.perf_counter() - began, seed)
     if any(t.is_meta for t in [*before.module.parameters(), *before.module.buffers()]):
         checks.append(Check("values", True, "not checked: the tensors are on the meta device"))
         return Verification(tuple(checks), time.perf_counter() - began, seed)
@@ -115,13 +122,26 @@ def _output_values(program: Program) -> list[str]:
     return [_described(n.meta.get("val")) if isinstance(n, Node) else repr(n) for n in pytree.tree_leaves(outputs)]
 
 
-def _edited(path: str, changes: Sequence[Change]) -> bool:
-    return any(c.path and (path == c.path or path.startswith(c.path + ".")) for c in changes)
+def _edited_paths(program: Program, changes: Sequence[Change]) -> set[str]:
+    """The paths that edits name, and every other name of the modules and tensors there."""
+    module = program.module
+    named = [*module.named_modules(remove_duplicate=False), *module.named_parameters(remove_duplicate=False),
+             *module.named_buffers(remove_duplicate=False)]
+    paths = {c.path for c in changes if c.path}
+    touched = {id(thing) for name, thing in named if name in paths}
+    return paths | {name for name, thing in named if id(thing) in touched}
+
+
+def _edited(name: str, paths: set[str]) -> bool:
+    """Whether a name lies at or below one of the paths."""
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in paths for i in range(1, len(parts) + 1))
 
 
 def _ties(before: Program, after: Program, changes: Sequence[Change]) -> Check:
+    paths = _edited_paths(after, changes)
     lost = [group for group in _tied(before.module) - _tied(after.module)
-            if not any(_edited(name, changes) for name in group)]
+            if not any(_edited(name, paths) for name in group)]
     return Check("tied weights", not lost, "" if not lost else f"{sorted(lost[0])} are no longer one tensor")
 
 
@@ -134,11 +154,12 @@ def _tied(module: nn.Module) -> set[frozenset[str]]:
 
 def _state(before: Program, after: Program, changes: Sequence[Change]) -> Check:
     """Keys that came or went, and tensors that changed, must lie under edited paths; the rest is kept bit for bit."""
+    paths = _edited_paths(after, changes)
     old, new = before.module.state_dict(), after.module.state_dict()
-    unexplained = [k for k in old.keys() ^ new.keys() if not _edited(k, changes)]
+    unexplained = [k for k in old.keys() ^ new.keys() if not _edited(k, paths)]
     if unexplained:
         return Check("kept", False, f"state_dict key {unexplained[0]} has no edit that explains it")
-    kept = [k for k in old if k in new and not _edited(k, changes)]
+    kept = [k for k in old if k in new and not _edited(k, paths)]
     moved = [k for k in kept if not same_bytes(old[k], new[k])]
     return Check("kept", not moved, f"{len(kept)} tensors bit for bit" if not moved else f"{moved[0]} changed")
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from .flatten import ContextUse
 from .codegen import compile_graph, copy_graph
+from .flatten import ContextUse
 
 
 class Region(nn.Module):

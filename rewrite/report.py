@@ -84,7 +84,7 @@ class Record:
         """The record that ``to_json`` wrote."""
         verification = data["verification"]
         proof = None if verification is None else Verification(
-            tuple(Check(**{k: v for k, v in c.items()}) for c in verification["checks"]),
+            tuple(Check(**dict(c.items())) for c in verification["checks"]),
             verification["seconds"], verification["seed"])
         return cls(data["name"], data["text"], data["options"], data["seconds"],
                    tuple(Site(**s) for s in data["changes"]), tuple(Skipped(**s) for s in data["skipped"]),

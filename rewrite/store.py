@@ -174,7 +174,7 @@ def _nothing_unpickled() -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RewriteError("it holds a pickled object, which could run code")
 
-    with mock.patch.object(torch, "load", load_safely), mock.patch.object(archive.pickle, "loads", refuse), \
+    with mock.patch.object(torch, "load", load_safely), mock.patch.object(pickle, "loads", refuse), \
             mock.patch.object(torch._C, "_pickle_load_obj", refuse):
         yield
 
@@ -187,8 +187,8 @@ def _extra_files(source: Path) -> Mapping[str, Any]:
 
 def _weights(source: Path) -> dict[str, torch.Tensor]:
     with archive.PT2ArchiveReader(str(source)) as reader:
-        found: dict[str, torch.Tensor] = archive._load_state_dict(reader, "model")
-    return found
+        found: Any = archive._load_state_dict(reader, "model")
+    return dict(found)
 
 
 def _text(content: Any) -> str:
@@ -202,8 +202,8 @@ def _rebuilt(files: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
     tensors = {**weights, **safetensors.torch.load(bytes.fromhex(_text(files[_TENSORS])))}
     for names in data["tied"]:
         first = next(tensors[n] for n in names if n in tensors)
-        shared = nn.Parameter(first.detach(), data_requires_grad(data["modules"], names[0])) \
-            if data_requires_grad(data["modules"], names[0]) is not None else first
+        grad = _requires_grad(data["modules"], names[0])
+        shared = first if grad is None else nn.Parameter(first.detach(), grad)
         tensors.update(dict.fromkeys(names, shared))
     root = decode_module(data["modules"], tensors)
     graph = decode_graph(data["graph"])
@@ -218,7 +218,7 @@ def _rebuilt(files: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
                    tuple(Record.from_json(r) for r in data["history"]))
 
 
-def data_requires_grad(modules: Any, name: str) -> bool | None:
+def _requires_grad(modules: Any, name: str) -> bool | None:
     """Whether the parameter ``name`` of an encoded module tree requires grad; None for a buffer."""
     *path, last = name.split(".")
     for part in path:
@@ -254,7 +254,7 @@ def _revalue(module: LayerGraph, graph: Graph) -> None:
 def _input_value(data: Any, mode: FakeTensorMode, symbols: dict[str, torch.SymInt]) -> torch.Tensor:
     dtype = decode(data["dtype"])
     assert mode.shape_env is not None
-    sizes = []
+    sizes: list[Any] = []
     for size in data["sizes"]:
         if isinstance(size, int):
             sizes.append(size)

@@ -46,7 +46,8 @@ def residual_adds(program: Program) -> list[ResidualAdd]:
     found = []
     for add in adds:
         left, right = add.args[0], add.args[1]
-        assert isinstance(left, Node) and isinstance(right, Node)
+        assert isinstance(left, Node)
+        assert isinstance(right, Node)
         a, b = passed_through(program, left), passed_through(program, right)
         if a is not b and upstream[b] & bits[a]:
             found.append(ResidualAdd(add, a, b))

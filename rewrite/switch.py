@@ -104,7 +104,7 @@ class _Builder:
         order = {n: i for i, n in enumerate(self.train.nodes)}
         inside = set(taken)
         last = max((order[n] for n in [*inputs, *taken]), default=-1)
-        node = list(order)[last].next if last >= 0 else next(iter(self.train.nodes))
+        node: Node = list(order)[last].next if last >= 0 else next(iter(self.train.nodes))
         while node in inside or node.op in ("placeholder", "get_attr"):
             node = node.next
         return node
@@ -128,7 +128,9 @@ class _Builder:
             user.args = map_leaves(user.args, renewed)
             user.kwargs = map_leaves(dict(user.kwargs), renewed)
             if missing:
-                user.args = ((*user.args[0], *missing),)  # only the output node can have fewer leaves than its partner
+                results = user.args[0]  # only the output node can have fewer leaves than its partner
+                assert isinstance(results, tuple | list)
+                user.args = ((*results, *missing),)
 
     def _recast(self, old: Any, new: Node, user: Node) -> Node:
         for dtype in cast_chain(old)[1]:

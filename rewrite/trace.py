@@ -182,7 +182,7 @@ def _seen_as_eager(active: bool) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for name in ("is_compiling", "is_exporting") if active else ():
-            stack.enter_context(mock.patch.object(torch.compiler, name, lambda: False))
+            stack.enter_context(mock.patch.object(torch.compiler, name, return_value=False))
         yield
 
 
@@ -199,7 +199,7 @@ def _dynamic_choices(inputs: Inputs) -> Iterator[Any]:
         shapes = torch.export.ShapesCollection()
         for leaf in pytree.tree_leaves(structure):
             if isinstance(leaf, torch.Tensor):
-                shapes[leaf] = {i: Dim.AUTO for i in range(axes(leaf))}
+                shapes[leaf] = dict.fromkeys(range(axes(leaf)), Dim.AUTO)
         yield shapes
     yield None
 
@@ -212,7 +212,7 @@ def _screen_outputs(model: nn.Module, dropped: list[str]) -> None:
     def screened(*args: Any, **kwargs: Any) -> Any:
         return _screen(forward(*args, **kwargs), "output", dropped)
 
-    model.forward = screened  # type: ignore[method-assign]
+    model.forward = screened
 
 
 def _screen(value: Any, name: str, dropped: list[str]) -> Any:
@@ -230,7 +230,8 @@ def _screen(value: Any, name: str, dropped: list[str]) -> Any:
         if not changed:
             return value
         kept = {k: v for k, v in kept.items() if k not in changed or v is not None}
-        return type(value)(**kept) if dataclasses.is_dataclass(value) else type(value)(kept)  # type: ignore[call-arg]
+        kind: Any = type(value)
+        return kind(**kept) if dataclasses.is_dataclass(value) else kind(kept)
     items, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
     return pytree.tree_unflatten([_screen(v, f"{name}[{i}]", dropped) for i, v in enumerate(items)], spec)
 

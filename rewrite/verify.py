@@ -91,7 +91,8 @@ def verify(a: Program | nn.Module, b: Program | nn.Module, args: Sequence[Any] |
     if any(t.is_meta for m in (first, second) for t in [*m.parameters(), *m.buffers()]):
         raise RewriteError("nothing can be verified on the meta device: move the model to a real one")
     by_layer = isinstance(first, LayerGraph) and isinstance(second, LayerGraph)
-    exact, native = {}, {}
+    exact: dict[str, Difference] = {}
+    native: dict[str, Difference] = {}
     for mode in ("eval", "train"):
         for table, is_exact in ((exact, True), (native, False)):
             left = run(first, args, kwargs, mode, exact=is_exact, seed=seed, by_layer=by_layer)
@@ -126,10 +127,10 @@ def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode:
     if exact:
         copied = copied.double()
         args, kwargs = pytree.tree_map(_double, (args, kwargs))
-    with seeded(copied, seed) if by_layer and isinstance(copied, LayerGraph) else _seeded_globally(seed):
-        with ExactArithmetic() if exact else nullcontext():
-            outputs = tuple(t for t in tensors(copied(*args, **kwargs)))
-            found = _gradients(copied, outputs, seed) if gradients else {}
+    draws = seeded(copied, seed) if by_layer and isinstance(copied, LayerGraph) else _seeded_globally(seed)
+    with draws, ExactArithmetic() if exact else nullcontext():
+        outputs = tuple(tensors(copied(*args, **kwargs)))
+        found = _gradients(copied, outputs, seed) if gradients else {}
     return Run(tuple(o.detach() for o in outputs), found, dict(copied.named_buffers()))
 
 
@@ -209,7 +210,13 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
         return float("inf")
+    if not a.is_complex() and not torch.equal(_infinities(a), _infinities(b)):
+        return float("inf")
     a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
     scale = float(a.abs().max())
     gap = float((a - b).abs().max())
     return gap if scale == 0 else gap / scale
+
+
+def _infinities(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value.isinf(), value.sign(), 2 * value.isnan())

@@ -27,7 +27,7 @@ class Mlp(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One pre-norm block over tokens with a padding mask; batch and length are dynamic, the output is a dict."""
+    """One pre-norm block over tokens with a padding mask; batch and length (to 16) are dynamic, it gives a dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +38,10 @@ class Transformer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16))
 
     def forward(self, ids: Tensor, mask: Tensor, scale: float = 1.0) -> dict[str, Any]:
-        x = self.embed(ids) * scale
         batch, length = ids.shape
+        if length > 16:
+            raise ValueError("too long")
+        x = self.embed(ids) * scale
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, 2, 8).permute(2, 0, 3, 1, 4)
         dropout = 0.1 if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :], dropout)

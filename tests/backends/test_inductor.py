@@ -33,6 +33,7 @@ def test_a_perceptron_is_compiled_once_for_every_batch() -> None:
 
 def test_a_transformer_is_compiled_once_for_every_batch_and_length() -> None:
     program = transformer()
+    assert program.module.interface.conditions
     run, eager = rewrite.lower(program, "inductor"), rewrite.lower(program)
     for batch, length in ((2, 6), (3, 9)):
         inputs = tokens(batch, length)

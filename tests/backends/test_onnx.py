@@ -45,9 +45,15 @@ def operators(file: Path) -> set[str]:
     return {node.op_type for node in onnx.load(file).graph.node}
 
 
-def test_inputs_and_outputs_are_named_and_dynamic_sizes_kept(tmp_path: Path) -> None:
-    file = rewrite.export_onnx(transformer(), tmp_path / "model.onnx")
-    assert file == tmp_path / "model.onnx"
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer as an ONNX file; a warning meanwhile would be an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return rewrite.export_onnx(transformer(), tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+def test_inputs_and_outputs_are_named_and_dynamic_sizes_kept(file: Path) -> None:
     graph = onnx.load(file).graph
     assert shapes(graph.input) == {"ids": ["batch", "sequence"], "mask": ["batch", "sequence"]}
     assert shapes(graph.output) == {
@@ -58,15 +64,13 @@ def test_inputs_and_outputs_are_named_and_dynamic_sizes_kept(tmp_path: Path) -> 
     }
 
 
-def test_weights_keep_their_names(tmp_path: Path) -> None:
-    program = transformer()
-    graph = onnx.load(rewrite.export_onnx(program, tmp_path / "model.onnx")).graph
-    assert {"embed.weight", "norm1.weight", "mlp.0.bias"} <= {v.name for v in graph.initializer}
+def test_weights_keep_their_names(file: Path) -> None:
+    names = {value.name for value in onnx.load(file).graph.initializer}
+    assert {"embed.weight", "norm1.weight", "mlp.0.bias"} <= names
 
 
-def test_it_is_read_by_others_without_this_package(tmp_path: Path) -> None:
+def test_it_is_read_by_others_without_this_package(file: Path) -> None:
     program = transformer()
-    file = rewrite.export_onnx(program, str(tmp_path / "model.onnx"))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     ids, mask = tokens(5, 11)
     found = session.run(["states"], {"ids": ids.numpy(), "mask": mask.numpy()})[0]
@@ -126,20 +130,19 @@ def test_weights_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), rewrite.lower(program)(x))
 
 
-def test_it_says_nothing_and_names_no_file_of_this_machine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    program = transformer()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        file = rewrite.export_onnx(program, tmp_path / "model.onnx")
-    assert capfd.readouterr() == ("", "")
+def test_it_names_no_file_of_this_machine(file: Path) -> None:
     assert str(Path(torch.__file__).parent).encode() not in file.read_bytes()
     assert str(Path(__file__).parent).encode() not in file.read_bytes()
 
 
-def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_it_says_nothing_and_the_same_program_gives_the_same_bytes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     program = mlp()
-    first, second = (rewrite.export_onnx(program, tmp_path / name) for name in ("a.onnx", "b.onnx"))
+    first, second = (rewrite.export_onnx(program, str(tmp_path / name)) for name in ("a.onnx", "b.onnx"))
     assert first.read_bytes() == second.read_bytes()
+    assert first == tmp_path / "a.onnx"
+    assert capfd.readouterr() == ("", "")
 
 
 # -------------------- failures: one line, and nothing left --------------------

@@ -92,6 +92,8 @@ def test_a_wrong_input_is_named() -> None:
         run(torch.randn(4, 9))
     with pytest.raises(rewrite.RewriteError, match="do not fit the model's signature"):
         run()
+    with pytest.raises(ValueError, match="the capture only holds while"):
+        rewrite.lower(transformer(), "onnxruntime")(*tokens(2, 17))
 
 
 def test_providers() -> None:

@@ -1,4 +1,4 @@
-"""Every development model through every lowering that compiles nothing, as it is and converted."""
+"""The development models through every lowering that compiles nothing, as they are and converted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ SIZES = ((2, 8), (3, 11), (1, 7))
 #: Largest relative error by lowering. ONNX Runtime measured 1e-7 to 1.4e-6 in float32; eager is the same code.
 TOLERANCES = {"eager": 0.0, "onnxruntime": 1e-5}
 
+#: Model, passes, lowering. To ONNX Runtime deit_tiny is the same graph as vit_tiny, and slow.
+ROWS = [
+    *((name, "", "eager") for name in CASES),
+    *((name, "", "onnxruntime") for name in CASES if name != "deit_tiny_patch16_224"),
+    *((name, "dyt", "onnxruntime") for name in ("convnext_atto", "gpt2", "llama", "vit")),
+]
+
 
 @functools.cache
 def program(name: str, passes: str) -> Program:
@@ -38,9 +45,7 @@ def model_outputs(case: Case, args: Any, kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
 
-@pytest.mark.parametrize("lowering", TOLERANCES)
-@pytest.mark.parametrize("passes", ["", "dyt"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "passes", "lowering"), ROWS)
 def test_outputs_are_the_same(name: str, passes: str, lowering: str) -> None:
     run = rewrite.lower(program(name, passes), lowering)
     reference = rewrite.lower(program(name, passes))

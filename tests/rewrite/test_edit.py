@@ -176,7 +176,7 @@ def test_inserted_function_computes_its_value_at_once() -> None:
 def test_only_unused_nodes_are_removed() -> None:
     program, edit = small()
     first, = calls(program, "first")
-    with pytest.raises(RewriteError, match="linear.* is still used by|first is still used by"):
+    with pytest.raises(RewriteError, match="is still used by"):
         edit.remove(first)
     made = edit.insert_function(aten.neg.default, [first], after=first)
     edit.remove(made)

@@ -471,7 +471,8 @@ def test_spellings_of_the_stress_case() -> None:
                                              ("convnext_atto", 17), ("resnet18", 0), ("vit_tiny_patch16_224", 25)])
 def test_norms_of_the_development_models(name: str, count: int) -> None:
     kinds = {path: type(module).__name__ for path, module in model_of(name).named_modules()}
-    expected = [path for path, kind in kinds.items() if kind.startswith("LayerNorm") or kind.endswith(("SNorm", "rNorm"))]
+    endings = ("LayerNorm", "LayerNorm2d", "RMSNorm")
+    expected = [path for path, kind in kinds.items() if kind.endswith(endings)]
     found = [norm.path for norm in norms(captured(name))]
     assert sorted(found) == sorted(expected)
     assert len(found) == count

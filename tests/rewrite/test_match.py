@@ -183,7 +183,7 @@ def applied(program: Program) -> tuple[int, Context]:
 
 
 def test_rule_rewrites_what_its_check_lets_pass_and_says_why_not() -> None:
-    program = captured_of(lambda m, x: (-(-x)).sin() + (-(-(x + 1))).cos())
+    program = captured_of(lambda m, x: x.neg().neg().sin() + (x + 1).neg().neg().cos())
     done, context = applied(program)
     x = torch.randn(3, DIM)
     assert done == 1
@@ -206,7 +206,7 @@ def test_overlapping_matches_are_applied_once(count: int, done: int) -> None:
 
 
 def test_adjacent_matches_are_all_applied() -> None:
-    program = captured_of(lambda m, x: -(-((-(-(x + 1))).sin())))
+    program = captured_of(lambda m, x: (x + 1).neg().neg().sin().neg().neg())
     done, _ = applied(program)
     x = torch.randn(3, DIM)
     assert done == 2

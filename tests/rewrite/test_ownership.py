@@ -73,7 +73,8 @@ def test_lower_writes_nothing(name: str) -> None:
 def test_result_has_tensors_of_its_own() -> None:
     program = captured("EncoderLayer")
     result = apply(program, "dyt")
-    assert {t.data_ptr() for t in tensors_of(result.module)}.isdisjoint({t.data_ptr() for t in tensors_of(program.module)})
+    ours = {t.data_ptr() for t in tensors_of(program.module)}
+    assert ours.isdisjoint({t.data_ptr() for t in tensors_of(result.module)})
 
 
 def test_share_shares_what_no_edit_touched() -> None:
@@ -87,10 +88,10 @@ def test_share_shares_what_no_edit_touched() -> None:
 
 def test_without_passes_apply_is_a_copy() -> None:
     program = captured("TiedHead")
-    copied = apply(program, "")
+    copied = apply(program, [])
     assert copied is not program
     assert set(pointers(copied).values()).isdisjoint(pointers(program).values())
-    assert apply(program, "", share=True).module.head.weight is program.module.head.weight
+    assert apply(program, [], share=True).module.head.weight is program.module.head.weight
 
 
 def test_training_a_result_leaves_the_input_alone() -> None:
@@ -109,7 +110,7 @@ def test_example_inputs_are_not_written() -> None:
     program = captured("MutatesItsInput")
     before = program.example_args[0].clone()
     verify(program, program.clone())
-    apply(program, "")
+    apply(program, [])
     assert torch.equal(program.example_args[0], before)
     assert float(before.min()) < 0
 
