@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import RewriteError
 from .program import Container, Program
+from .skeleton import holders
 
 Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter"]
 _KEPT_META = ("nn_module_stack", "stack_trace", "whole")
@@ -45,6 +46,7 @@ class Editor:
         self.author = author
         self.changes: list[Change] = []
         self.graph = program.graph
+        self.holders = holders(program.module)
 
     def replace_layer(self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None) -> None:
         """Replace the layer at ``path`` by ``layer``, for all its calls or for some.
@@ -164,10 +166,10 @@ class Editor:
             holder = found
         old = holder._modules.get(name)
         holder._modules[name] = layer
-        for module in self.program.module.modules() if old is not None else ():
-            for key, child in list(module._modules.items()):
-                if child is old:
-                    module._modules[key] = layer
+        places = self.holders.pop(id(old), [(holder, name)]) if old is not None else [(holder, name)]
+        for other, key in places:
+            other._modules[key] = layer
+        self.holders[id(layer)] = places
 
 
 def _kind(layer: nn.Module) -> str:

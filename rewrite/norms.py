@@ -59,15 +59,22 @@ def norm_of(program: Program, node: Node) -> Norm | None:
         return None
     layer: Any = program.layer(node)
     path = str(node.target)
-    device = next((p.device for p in [*layer.parameters(), *program.module.parameters()]), torch.device("cpu"))
+    if not isinstance(layer, nn.LayerNorm | nn.RMSNorm | SpelledNorm):
+        return None
+    device = _device(layer, program)
     if isinstance(layer, nn.LayerNorm):
         return Norm(node, path, "layer", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, layer.bias, device)
     if isinstance(layer, nn.RMSNorm):
         return Norm(node, path, "rms", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, None, device)
-    if isinstance(layer, SpelledNorm):
-        return Norm(node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(),
-                    layer.shift(), device)
-    return None
+    return Norm(node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(),
+                layer.shift(), device)
+
+
+def _device(layer: nn.Module, program: Program) -> torch.device:
+    """Where a layer that replaces this one belongs."""
+    parameter = next(layer.parameters(), None)
+    parameter = next(program.module.parameters(), None) if parameter is None else parameter
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def norms(program: Program) -> list[Norm]:

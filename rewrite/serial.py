@@ -130,7 +130,7 @@ def encode_graph(graph: Graph) -> Json:
         target = _function_name(node.target) if node.op == "call_function" else str(node.target)
         meta = {k: encode(_plain_meta(k, node.meta[k])) for k in _META if k in node.meta}
         nodes.append({"name": node.name, "op": node.op, "target": target, "args": encode(node.args),
-                      "kwargs": encode(dict(node.kwargs)), "meta": meta, "value": _encode_value(node)})
+                      "kwargs": encode(dict(node.kwargs)), "meta": meta, "value": _encode_value(node.meta.get("val"))})
     return nodes
 
 
@@ -141,10 +141,11 @@ def _plain_meta(key: str, value: Any) -> Any:
     return value
 
 
-def _encode_value(node: Node) -> Json:
-    """For an input: its dtype and sizes, dynamic ones as ["name", example]."""
-    value = node.meta.get("val")
-    if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+def _encode_value(value: Any) -> Json:
+    """For a tensor (or several): its dtype and sizes, dynamic ones as ["name", example]."""
+    if isinstance(value, tuple | list):
+        return [_encode_value(v) for v in value]
+    if not isinstance(value, torch.Tensor):
         return None
     sizes = [int(s) if isinstance(s, int) or s.node.expr.is_number else [str(s.node.expr), int(s.node.hint)]
              for s in value.shape]

@@ -36,7 +36,7 @@ class Skeleton:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = _mirror(model, {})
-        self.holders = _holders(self.root)
+        self.holders = holders(self.root)
         self.layers: dict[str, tuple[nn.Module, Any]] = {}
         self.counts: Counter[str] = Counter()
 
@@ -117,7 +117,7 @@ def adopt(layer: nn.Module, old: nn.Module) -> None:
     layer.training = old.training
 
 
-def _holders(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def holders(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Where each module hangs: a shared one has several places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in root.modules():

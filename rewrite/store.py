@@ -50,7 +50,7 @@ from .serial import (
     plain_spec,
 )
 from .skeleton import Constants
-from .trace import Inputs, export_program, widened
+from .trace import Inputs, export_program, quiet, widened
 
 _FORMAT = 1
 _LAYERS, _TENSORS, _EXAMPLES = "rewrite.json", "rewrite.safetensors.hex", "rewrite.examples.hex"
@@ -240,15 +240,26 @@ def _revalue(module: LayerGraph, graph: Graph) -> None:
     """Give every node its FakeTensor value again, from the sizes that the file names."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     symbols: dict[str, torch.SymInt] = {}
+    with quiet():
+        _propagate(module, graph, mode, symbols)
+
+
+def _propagate(module: LayerGraph, graph: Graph, mode: FakeTensorMode, symbols: dict[str, torch.SymInt]) -> None:
     for node in graph.nodes:
+        written = node.meta.pop("file_value", None)
         if node.op == "placeholder":
-            node.meta["val"] = _input_value(node.meta.pop("file_value"), mode, symbols)
+            node.meta["val"] = _input_value(written, mode, symbols)
         elif node.op == "get_attr":
             value = attribute(module, str(node.target))
             if isinstance(value, torch.Tensor):
                 node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
         elif node.op != "output":
-            node.meta["val"] = fake_value(module, node)
+            try:
+                node.meta["val"] = fake_value(module, node)
+            except Exception:  # operators that dynamic sizes defeat, as recurrent ones do: the example's sizes then
+                if written is None:
+                    raise
+                node.meta["val"] = _example_value(written, mode)
 
 
 def _input_value(data: Any, mode: FakeTensorMode, symbols: dict[str, torch.SymInt]) -> torch.Tensor:
@@ -265,6 +276,14 @@ def _input_value(data: Any, mode: FakeTensorMode, symbols: dict[str, torch.SymIn
         sizes.append(symbols[name])
     with mode:
         return torch.empty(sizes, dtype=dtype, device=data["device"])
+
+
+def _example_value(data: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(data, list):
+        return tuple(_example_value(item, mode) for item in data)
+    sizes = [size if isinstance(size, int) else size[1] for size in data["sizes"]]
+    with mode:
+        return torch.empty(sizes, dtype=decode(data["dtype"]), device=data["device"])
 
 
 def _symbol(environment: ShapeEnv, name: str, example: int) -> torch.SymInt:

@@ -127,7 +127,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
     for dynamic, as_eager in _attempts(inputs):
         dropped.clear()
         try:
-            with _quiet(), keyword_safe(), _seen_as_eager(as_eager), recorded_functions(notes) as functions:
+            with quiet(), keyword_safe(), _seen_as_eager(as_eager), recorded_functions(notes) as functions:
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic,
                                                strict=False)
                 graph_module = exported.module(check_guards=False)
@@ -145,7 +145,7 @@ def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     errors: list[Exception] = []
     for dynamic in _dynamic_choices(inputs):
         try:
-            with _quiet(), keyword_safe():
+            with quiet(), keyword_safe():
                 return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             errors.append(error)
@@ -237,7 +237,7 @@ def _screen(value: Any, name: str, dropped: list[str]) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.export warns and logs about what capture handles; errors still come through as exceptions."""
     previous = logging.root.manager.disable
     nowhere = io.StringIO()

@@ -139,7 +139,7 @@ def test_export_onnx(program: rewrite.Program, tmp_path: Path) -> None:
 def test_passes_are_found_by_name() -> None:
     assert "dyt" in rewrite.pass_names()
     assert issubclass(rewrite.get_pass("dyt"), rewrite.Pass)
-    assert rewrite.get_pass("dyt")().contract() == rewrite.Contract(*[rewrite.get_pass("dyt")().contract().forward] * 2)
+    assert isinstance(rewrite.get_pass("dyt")().contract(), rewrite.Contract)
 
 
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
