@@ -123,7 +123,7 @@ def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owner
     with graph.inserting_before(node):
         call = graph.call_module(path, lifted.inputs)
     call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
-    call.meta["whole"] = whole and path == module_path(node)
+    call.meta["whole"] = whole and attribute(skeleton.root, module_path(node)) is skeleton.layers[path][0]
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     return True

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlparse
@@ -377,6 +377,15 @@ def _find_spec(module: str) -> ModuleSpec | None:
         except (ImportError, ValueError):
             return None
     if package in sys.modules:
-        return PathFinder.find_spec(module, list(getattr(sys.modules[package], "__path__", ())))
+        return _first_spec(module, list(getattr(sys.modules[package], "__path__", ())))
     holder = _find_spec(package)
-    return PathFinder.find_spec(module, list(holder.submodule_search_locations or ())) if holder else None
+    return _first_spec(module, list(holder.submodule_search_locations or ())) if holder else None
+
+
+def _first_spec(module: str, path: list[str]) -> ModuleSpec | None:
+    """What the first finder says: editable installations map packages by finders of their own."""
+    for finder in sys.meta_path:
+        found = finder.find_spec(module, path) if hasattr(finder, "find_spec") else None
+        if found is not None:
+            return found
+    return None

@@ -40,6 +40,7 @@ class Difference:
     buffers: float
     worst_gradient: str = ""
     problem: str = ""
+    note: str = ""
 
     @property
     def largest(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -99,7 +99,9 @@ def build(outer: list[tuple[str, bool]], inner: list[tuple[str, bool]]) -> nn.Mo
     return nn.Sequential(nn.Linear(DIM, DIM), Random(outer), Random(inner), nn.Linear(DIM, 3))
 
 
-@settings(max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, derandomize=True, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=[HealthCheck.too_slow])
+@example([("counter", True)], [("linear", False)])
 @given(plans, plans)
 def test_program_of_a_random_model_is_the_model(outer: list[tuple[str, bool]], inner: list[tuple[str, bool]]) -> None:
     model = build(outer, inner)
