@@ -228,11 +228,25 @@ class _Matcher:
                 chunk = self._chunk_of(x, y, user, other, chunks)
                 if isinstance(chunk, tuple):
                     return chunk
-                pair = (x, y)
-                if pair not in chunk.switches:
-                    chunk.switches.append(pair)
-                chunk.uses.append((user, place, chunk.switches.index(pair)))
+                chunk.uses.append((user, place, _added(chunk.switches, (x, y))))
+        for chunk in chunks:
+            self._connect(chunk)
         return None
+
+    def _connect(self, chunk: Chunk) -> None:
+        """Let a chunk take what its nodes use of earlier chunks from those, where one mode alone has it."""
+        for user in chunk.first:
+            for place, value in enumerate(_data(user)):
+                x = cast_chain(value)[0]
+                home = self.chunk_a.get(x)
+                if home is not None and home is not chunk:
+                    home.uses.append((user, place, _added(home.switches, (x, None))))
+        for user in chunk.second:
+            for value in _data(user):
+                y = self._bare(value)
+                home = self.chunk_b.get(y)
+                if home is not None and home is not chunk:
+                    _added(home.switches, (None, y))
 
     def _matched_users(self) -> Iterator[tuple[Node, Node]]:
         for node in self.a:
@@ -284,6 +298,13 @@ class _Matcher:
                 break
             y = bare
         return y
+
+
+def _added(switches: list[tuple[Any, Any]], pair: tuple[Any, Any]) -> int:
+    """The place of a pair among the switches, where it is added if it is new."""
+    if pair not in switches:
+        switches.append(pair)
+    return switches.index(pair)
 
 
 def _under_idle(x: Any, chunk_of: dict[Node, Chunk]) -> Any:

@@ -52,6 +52,9 @@ class _Builder:
         nodes = [o if isinstance(o, Node) else (y if isinstance(y, Node) else None)
                  for o, y in zip(outputs, theirs, strict=True)]
         made = replace_with_call(self.train, path, inputs, nodes, position, meta)
+        for other, node in zip(theirs, made, strict=True):
+            if isinstance(other, Node):
+                self.inverse.setdefault(other, node)
         self._rewire(chunk, made)
         for node in reversed(taken):
             if not node.users:
