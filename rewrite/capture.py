@@ -300,7 +300,7 @@ def opaque_parts(module: LayerGraph) -> tuple[Opaque, ...]:
     for node in module.graph.nodes:
         if node.op != "call_module":
             continue
-        layer = module.get_submodule(str(node.target))
+        layer = attribute(module, str(node.target))
         if type(layer) is Region:
             found.append(Opaque(str(node.target), "region", layer.reason))
         elif isinstance(layer, AutogradFunction):

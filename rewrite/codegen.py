@@ -6,13 +6,26 @@ import contextlib
 import itertools
 import keyword
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch.fx.graph as fx_graph
+from torch import nn
 from torch.fx import Graph, Node
 
 _serial = itertools.count()
+_SHADOWED = frozenset({
+    "adopt", "bias_name", "channel_axis", "channels", "code", "contexts", "eps", "function", "gain", "graph", "graphs",
+    "interface", "kind", "offset", "reason", "recompile", "runs", "shift", "weight_name"})
+"""Attributes of layer graphs and regions that a user's parameter or layer may be named like."""
+
+
+def fetch(module: nn.Module, name: str) -> Any:
+    """The parameter, buffer, child or other attribute called ``name``, in this order: users' names come first."""
+    for held in (module._parameters, module._buffers, module._modules):
+        if name in held:
+            return held[name]
+    return getattr(module, name, None)
 
 
 def copy_graph(graph: Graph) -> Graph:
@@ -26,26 +39,35 @@ def copy_graph(graph: Graph) -> Graph:
 
 def compile_graph(graph: Graph) -> tuple[Callable[..., Any], str]:
     """``run(self, *flat_inputs) -> flat outputs`` for a graph, with its source known to tracebacks."""
-    with keyword_safe():
+    with name_safe():
         code = graph.python_code("self")
     name = f"<rewrite.graph.{next(_serial)}>"
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    names = dict(code.globals)
+    names = {**code.globals, "fetch": fetch}
     exec(compile(code.src, name, "exec"), names)
     return names["forward"], code.src
 
 
-@contextlib.contextmanager
-def keyword_safe() -> Iterator[None]:
+def name_safe() -> contextlib.AbstractContextManager[None]:
+    """As ``keyword_safe``, and past our own attributes too; the code needs ``fetch``."""
+    return _written({*keyword.kwlist, *_SHADOWED}, lambda base, part: f"fetch({base}, {part!r})")
+
+
+def keyword_safe() -> contextlib.AbstractContextManager[None]:
     """Let torch.fx generate code for attributes named like Python keywords (``scales["in"]``), which it writes as
     ``self.scales.in``."""
+    return _written(set(keyword.kwlist), lambda base, part: f"getattr({base}, {part!r})")
+
+
+@contextlib.contextmanager
+def _written(special: Set[str], write: Callable[[str, str], str]) -> Iterator[None]:
     original = fx_graph._format_target
 
     def format_target(base: str, target: str) -> str:
-        if not any(keyword.iskeyword(part) for part in target.split(".")):
+        if special.isdisjoint(target.split(".")):
             return original(base, target)
         for part in target.split("."):
-            base = f"getattr({base}, {part!r})" if keyword.iskeyword(part) else original(base, part)
+            base = write(base, part) if part in special else original(base, part)
         return base
 
     fx_graph._format_target = format_target

@@ -19,6 +19,7 @@ from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from .errors import RewriteError
+from .graphs import attribute
 from .program import Container, Program
 from .skeleton import holders
 
@@ -58,7 +59,7 @@ class Editor:
         """
         every = [n for n in self.graph.nodes if n.op == "call_module" and n.target == path]
         calls = every if calls is None else list(calls)
-        old = self.program.module.get_submodule(path)
+        old: nn.Module = attribute(self.program.module, path)
         layer.train(old.training)
         for name, child in old._modules.items():
             layer._modules.setdefault(name, child)
@@ -192,7 +193,7 @@ def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None 
         if node.op == "call_function":
             assert callable(node.target)
             return node.target(*args, **kwargs)
-        layer = module.get_submodule(str(node.target))
+        layer = attribute(module, str(node.target))
         if mode is None:
             return layer(*args, **kwargs)
         state: dict[str, torch.Tensor] = {name: mode.from_tensor(t.detach(), static_shapes=True)

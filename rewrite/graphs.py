@@ -10,6 +10,8 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import Argument
 
+from .codegen import fetch
+
 aten = torch.ops.aten
 
 
@@ -93,7 +95,7 @@ def attribute(module: nn.Module, path: str) -> Any:
     """The parameter, buffer, module or plain attribute at a dotted path, else None."""
     found: Any = module
     for part in path.split("."):
-        found = getattr(found, part, None)
+        found = fetch(found, part) if isinstance(found, nn.Module) else getattr(found, part, None)
         if found is None:
             return None
     return found

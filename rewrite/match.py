@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .graphs import mutated_arguments, overload
+from .graphs import attribute, mutated_arguments, overload
 from .layers import ModalOperator
 from .program import Program
 from .regions import Region
@@ -221,7 +221,7 @@ def _aliased(module: nn.Module, node: Node) -> list[Node]:
             if argument.alias_info is not None and isinstance(value, Node):
                 shared.append(value)
         return shared
-    if node.op == "call_module" and not isinstance(module.get_submodule(str(node.target)), Region):
+    if node.op == "call_module" and not isinstance(attribute(module, str(node.target)), Region):
         return [n for n in node.all_input_nodes if _same_shape(n, node)]
     return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
 
@@ -234,7 +234,7 @@ def _same_shape(a: Node, b: Node) -> bool:
 def _written(module: nn.Module, node: Node) -> list[Node]:
     if node.op != "call_module":
         return list(mutated_arguments(node))
-    layer = module.get_submodule(str(node.target))
+    layer = attribute(module, str(node.target))
     if isinstance(layer, Region):
         places = {i for graph in layer.graphs.values() for i in _written_inputs(graph, layer)}
         return [n for i, n in enumerate(node.args) if i in places and isinstance(n, Node)]

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from .codegen import compile_graph, copy_graph
 from .errors import RewriteError
+from .graphs import attribute
 from .interface import Interface, make_forward
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class LayerGraph(nn.Module):
 
     def adopt(self, root: nn.Module) -> None:
         """Take over the parameters, buffers and modules of ``root``, in their order."""
-        for attribute in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[attribute] = root.__dict__[attribute]
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = root.__dict__[kind]
         self.training = root.training
 
     def recompile(self) -> None:
@@ -62,8 +63,8 @@ class LayerGraph(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraph:
         root = nn.Module()
-        for attribute in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            root.__dict__[attribute] = copy.deepcopy(self.__dict__[attribute], memo)
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            root.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
         root.training = self.training
         made = LayerGraph(root, copy_graph(self.graph), self.interface)
         memo[id(self)] = made
@@ -139,7 +140,9 @@ class Program:
         """The layer that a ``call_module`` node calls."""
         if node.op != "call_module":
             raise TypeError(f"{node.name} is a {node.op}, not a call_module")
-        return self.module.get_submodule(str(node.target))
+        found = attribute(self.module, str(node.target))
+        assert isinstance(found, nn.Module)
+        return found
 
     def layers(self) -> Iterator[tuple[Node, nn.Module]]:
         """Every ``call_module`` node with its layer, in execution order."""

@@ -43,17 +43,21 @@ def residual_adds(program: Program) -> list[ResidualAdd]:
         for source in node.all_input_nodes:
             above |= upstream[source] | bits.get(source, 0)
         upstream[node] = above
-    found = []
+    found: dict[Node, ResidualAdd] = {}
+    origin: dict[Node, int] = {}
     for add in adds:
-        left, right = add.args[0], add.args[1]
-        assert isinstance(left, Node)
-        assert isinstance(right, Node)
-        a, b = passed_through(program, left), passed_through(program, right)
-        if a is not b and upstream[b] & bits[a]:
-            found.append(ResidualAdd(add, a, b))
-        elif a is not b and upstream[a] & bits[b]:
-            found.append(ResidualAdd(add, b, a))
-    return found
+        left, right = (passed_through(program, operand) for operand in add.args[:2] if isinstance(operand, Node))
+        for skip, branch in ((left, right), (right, left)):
+            if skip is branch or add in found:
+                continue
+            if upstream[branch] & bits[skip]:
+                origin[add] = bits[skip]
+            elif upstream[branch] & origin.get(skip, 0):  # a parallel block adds several branches of one value
+                origin[add] = origin[skip]
+            else:
+                continue
+            found[add] = ResidualAdd(add, skip, branch)
+    return list(found.values())
 
 
 def _tensor_operands(node: Node) -> bool:
@@ -91,13 +95,9 @@ def post_norms(program: Program, norms: Sequence[Norm]) -> list[Norm]:
         source = norm.node.args[0]
         if isinstance(source, Node) and passed_through(program, source) in sums and norm.node in skips:
             found.append(norm)
-    if found:  # the last norm of a post-norm model ends the stream: nothing is added to it any more
-        found += [n for n in norms if n not in found and isinstance(n.node.args[0], Node)
-                  and passed_through(program, n.node.args[0]) in sums and _follows(n, found)]
+    ends = {r.node for r in residuals if r.skip in {norm.node for norm in found}}
+    for norm in norms:  # the last norm of a post-norm model ends the stream: nothing is added to its output any more
+        source = norm.node.args[0]
+        if norm not in found and isinstance(source, Node) and passed_through(program, source) in ends:
+            found.append(norm)
     return found
-
-
-def _follows(norm: Norm, posts: Sequence[Norm]) -> bool:
-    """Whether a norm is the second one of a post-norm block, by standing under the same block's name."""
-    tail = norm.path.rpartition(".")[2]
-    return any(p.path.rpartition(".")[2] == tail and p.path != norm.path for p in posts)

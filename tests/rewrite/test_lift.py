@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from rewrite import Program, capture
+from rewrite import Program, RewriteError, capture
 from rewrite.composites import SpelledActivation, SpelledNorm
 from rewrite.graphs import aten, packet
 from rewrite.layers import ModalOperator, ScaledDotProductAttention
@@ -399,7 +399,24 @@ def test_parameter_of_a_spelled_norm_may_have_any_name(name: str) -> None:
     assert agrees(program, model, torch.randn(3, DIM))
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "interface", "adopt", "recompile", "layers", "program"])
+@pytest.mark.parametrize("name", ["graph", "code", "recompile"])
+def test_child_named_as_an_attribute_of_torch_fx_is_refused_by_torch_export(name: str) -> None:
+    """torch.export's own GraphModule breaks on these names at the root; below it they are fine."""
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(DIM, DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, name)(x)
+
+    with pytest.raises(RewriteError, match="cannot capture Named"):
+        capture(Named(), (torch.randn(2, DIM),))
+    model = nn.Sequential(Named())
+    assert agrees(capture(model, (torch.randn(2, DIM),)), model, torch.randn(3, DIM))
+
+
+@pytest.mark.parametrize("name", ["interface", "adopt", "layers", "program"])
 def test_child_may_have_any_name(name: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
