@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 from torch.fx import Graph
+from torch.utils import _pytree as pytree
 
 from .capture import capture
 from .edit import Change, Editor
@@ -120,7 +123,8 @@ def run_pass(program: Program, step: Pass, *, seed: int = 0, share: bool = False
         verification = prove(program, result, context.edit.changes, step, seed, data=data, rerun=rewritten,
                              changed=changed)
     record = Record(step.name, step.text, step.options(), seconds, _sites(context.edit.changes), tuple(context.skipped),
-                    tuple(context.warnings), str(step.contract()), (_count(program), _count(result)), verification)
+                    tuple(context.warnings), str(step.contract()), (_count(program), _count(result)), verification,
+                    digest(data))
     result = replace(result, history=(*program.history, record))
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, seed, crash_folder or Path.cwd())
@@ -136,6 +140,20 @@ def rewritten(program: Program, step: Pass, *, seed: int, share: bool = False, d
     result.graph.lint()
     result.module.recompile()
     return result, context
+
+
+def digest(data: Any) -> str | None:
+    """The SHA-256 of data: of the bytes of its tensors and the text of everything else; None without data."""
+    if data is None:
+        return None
+    made = hashlib.sha256()
+    for leaf in pytree.tree_leaves(data):
+        if isinstance(leaf, torch.Tensor):
+            made.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            made.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            made.update(repr(leaf).encode())
+    return made.hexdigest()
 
 
 def _sites(changes: Sequence[Change]) -> tuple[Site, ...]:

@@ -58,7 +58,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class Record:
-    """What one pass did: see the fields. ``parameters`` counts them before and after."""
+    """What one pass did: see the fields.
+
+    ``parameters`` counts them before and after; ``data`` is the SHA-256 of the data that the pass was given, if any.
+    """
 
     name: str
     text: str
@@ -70,6 +73,7 @@ class Record:
     contract: str
     parameters: tuple[int, int]
     verification: Verification | None = None
+    data: str | None = None
 
     @property
     def changed(self) -> bool:
@@ -88,7 +92,7 @@ class Record:
             verification["seconds"], verification["seed"])
         return cls(data["name"], data["text"], data["options"], data["seconds"],
                    tuple(Site(**s) for s in data["changes"]), tuple(Skipped(**s) for s in data["skipped"]),
-                   tuple(data["warnings"]), data["contract"], tuple(data["parameters"]), proof)
+                   tuple(data["warnings"]), data["contract"], tuple(data["parameters"]), proof, data.get("data"))
 
 
 def _plain(value: Any) -> Any:
