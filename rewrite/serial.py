@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch.utils import _pytree as pytree
 from . import ops
 from .conditions import Condition
 from .errors import RewriteError
-from .functions import AutogradFunction
+from .functions import AutogradFunction, FunctionCall
 from .interface import Argument, Interface
+from .pickle_vet import import_mended
 from .program import Container
 from .regions import Region
 from .skeleton import Constants
@@ -175,12 +177,9 @@ def encode_module(module: nn.Module, path: str = "", seen: dict[int, str] | None
     if id(module) in seen:
         return {"same": seen[id(module)]}
     seen[id(module)] = path
-    if isinstance(module, AutogradFunction):
-        raise RewriteError(f"{path} calls {module.extra_repr()}, code of your own that a file cannot hold: "
-                           "graft the program back onto your class and save that")
     kind = type(module)
-    tensors = module.names if isinstance(module, Constants) else ()
-    extra = {k: encode(v) for k, v in vars(module).items() if path and k not in _INTERNAL and k not in tensors}
+    hidden = module.names if isinstance(module, Constants) else ("call",)
+    extra = {k: encode(v) for k, v in vars(module).items() if path and k not in _INTERNAL and k not in hidden}
     entry = {"class": f"{kind.__module__}:{kind.__qualname__}" if path else "", "training": module.training,
              "parameters": {n: p is not None and p.requires_grad if p is not None else None
                             for n, p in module._parameters.items()},
@@ -189,6 +188,8 @@ def encode_module(module: nn.Module, path: str = "", seen: dict[int, str] | None
              "attributes": extra,
              "children": {n: encode_module(c, f"{path}.{n}" if path else n, seen)
                           for n, c in module._modules.items() if c is not None}}
+    if isinstance(module, AutogradFunction):
+        entry["call"] = _encode_call(module, path)
     if isinstance(module, Region):
         entry["graphs"] = {mode: encode_graph(graph) for mode, graph in module.graphs.items()}
     return entry
@@ -222,8 +223,41 @@ def decode_module(data: Json, tensors: Mapping[str, torch.Tensor], path: str = "
     if isinstance(made, Region):
         made.__dict__["graphs"] = {mode: decode_graph(g) for mode, g in data["graphs"].items()}
         made.recompile()
+    if isinstance(made, AutogradFunction):
+        made.call = _decode_call(data["call"])
     made.training = data["training"]
     return made
+
+
+def _encode_call(module: AutogradFunction, path: str) -> Json:
+    call = module.call
+    home = call.function.__module__
+    if not is_installed(home) or "<" in call.function.__qualname__:
+        raise RewriteError(f"{path} calls {module.extra_repr()}, code of your own that a file cannot hold: "
+                           "graft the program back onto your class and save that")
+    return {"function": f"{home}:{call.function.__qualname__}", "spec": pytree.treespec_dumps(call.spec),
+            "constants": encode(call.constants), "tensor_places": list(call.tensor_places),
+            "output_places": list(call.output_places)}
+
+
+def _decode_call(data: Json) -> FunctionCall:
+    home, _, qualified = data["function"].partition(":")
+    if not is_installed(home):
+        raise RewriteError(f"the file calls {data['function']}, which is in no installed package")
+    found: Any = import_mended(home)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, torch.autograd.Function)):
+        raise RewriteError(f"the file names {data['function']} as an autograd function, and it is none")
+    return FunctionCall(found, pytree.treespec_loads(data["spec"]), decode(data["constants"]),
+                        tuple(data["tensor_places"]), output_places=tuple(data["output_places"]))
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module belongs to an installed package, so that importing it runs nothing from the current folder."""
+    top = module.partition(".")[0]
+    spec = find_spec(top) if top and top != "__main__" else None
+    return spec is not None and spec.origin is not None and "site-packages" in spec.origin
 
 
 def layer_class(name: str) -> type[nn.Module]:
@@ -299,10 +333,10 @@ def _decode_spec(data: Json, importable: Callable[[str], bool]) -> pytree.TreeSp
         try:
             for home in data["homes"]:
                 if importable(home):
-                    importlib.import_module(home)
+                    import_mended(home)
             return pytree.treespec_loads(data["full"])
-        except (ImportError, KeyError, ValueError, NotImplementedError, AttributeError):
-            pass  # the library that defines the output class is not here: plain containers then
+        except (ImportError, RuntimeError, KeyError, ValueError, AttributeError):
+            pass  # the library that defines the output class is not here, or broken: plain containers then
     return pytree.treespec_loads(data["plain"])
 
 

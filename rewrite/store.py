@@ -17,7 +17,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,6 +46,7 @@ from .serial import (
     encode_graph,
     encode_interface,
     encode_module,
+    is_installed,
     plain_spec,
 )
 from .skeleton import Constants
@@ -207,7 +207,7 @@ def _rebuilt(files: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
         tensors.update(dict.fromkeys(names, shared))
     root = decode_module(data["modules"], tensors)
     graph = decode_graph(data["graph"])
-    module = LayerGraph(root, graph, decode_interface(data["interface"], _is_installed))
+    module = LayerGraph(root, graph, decode_interface(data["interface"], is_installed))
     args, kwargs = torch.load(io.BytesIO(bytes.fromhex(_text(files[_EXAMPLES]))), weights_only=True)
     _revalue(module, graph)
     origin = data["origin"]
@@ -227,13 +227,6 @@ def _requires_grad(modules: Any, name: str) -> bool | None:
             return None
     found: bool | None = modules["parameters"].get(last)
     return found
-
-
-def _is_installed(module: str) -> bool:
-    """Whether a module belongs to an installed package, so that importing it runs nothing from the current folder."""
-    top = module.partition(".")[0]
-    spec = find_spec(top) if top and top != "__main__" else None
-    return spec is not None and spec.origin is not None and "site-packages" in spec.origin
 
 
 def _revalue(module: LayerGraph, graph: Graph) -> None:
