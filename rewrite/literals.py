@@ -82,6 +82,7 @@ class _Follower:
     def __init__(self, graph: Graph, partner: Mapping[Node, Node], dtype: torch.dtype, other: torch.dtype) -> None:
         self.graph, self.partner, self.dtype, self.other = graph, dict(partner), dtype, other
         self.inverse: dict[Node, Node] = {}
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
         for ours, theirs in self.partner.items():
             self.inverse.setdefault(theirs, ours)
         self.casts: dict[tuple[Node, Any, tuple[Any, ...]], Node] = {}
@@ -172,6 +173,14 @@ class _Follower:
                     queue.append(source)
         return self._fallback()
 
+    def _beside(self, node: Node) -> Node | None:
+        """For a tensor made from nothing: a value that it meets in an operator, computed before it."""
+        for user in node.users:
+            for source in user.all_input_nodes:
+                if source.op != "get_attr" and self._is_native(source) and self.order.get(source, 1 << 60) < self.order[node]:
+                    return source
+        return None
+
     def _fallback(self) -> Node | None:
         sources = [n for n in _sources(self.graph) if self._is_native(n)]
         return next((n for n in sources if n.op == "get_attr"), sources[0] if sources else None)
@@ -195,7 +204,7 @@ class _Follower:
 
     def _replace(self, node: Node, name: str, function: Any, theirs: Node, *extra: Any) -> None:
         upstream = [n for n in theirs.all_input_nodes if is_floating(n)]
-        reference = self._reference(upstream[0]) if upstream else self._fallback()
+        reference = self._reference(upstream[0]) if upstream else self._beside(node) or self._fallback()
         if reference is None:
             return
         with self.graph.inserting_before(node):
