@@ -22,6 +22,7 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, at
           aten.type_as.default)
 _DROPOUTS = (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout,
              aten.alpha_dropout_, aten.feature_alpha_dropout, aten.feature_alpha_dropout_)
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRAINING_ARGUMENTS = ("train", "training", "dropout_p", "dropout", "cudnn_enabled")
 
 
@@ -96,7 +97,7 @@ def is_item(node: Node) -> bool:
     return node.op == "call_function" and not is_cast(node) and not is_symbolic(node)
 
 
-def signature(node: Node, dtype: torch.dtype) -> tuple[Any, ...]:
+def signature(node: Node) -> tuple[Any, ...]:
     """What a node computes and where, without its data arguments and its training switches, dtypes relative."""
     found = overload(node)
     literals: list[Any] = []
@@ -104,36 +105,34 @@ def signature(node: Node, dtype: torch.dtype) -> tuple[Any, ...]:
         named = {a.name: i for i, a in enumerate(found._schema.arguments)}
         for name, place in named.items():
             value = node.args[place] if place < len(node.args) else node.kwargs.get(name)
-            literals.append("*" if name in _TRAINING_ARGUMENTS else _literal(value, dtype))
+            literals.append("*" if name in _TRAINING_ARGUMENTS else _literal(value))
     else:
-        literals = [_literal(node.args, dtype), _literal(dict(node.kwargs), dtype)]
+        literals = [_literal(node.args), _literal(dict(node.kwargs))]
     return (str(node.target), tuple(literals), module_key(node),
             tuple((c.kind, c.settings) for c in node.meta.get("contexts", ())))
 
 
-def _literal(value: Any, dtype: torch.dtype) -> Any:
+def _literal(value: Any) -> Any:
     if isinstance(value, Node):
         return "%"
     if isinstance(value, list | tuple):
-        return tuple(_literal(v, dtype) for v in value)
+        return tuple(_literal(v) for v in value)
     if isinstance(value, dict):
-        return tuple((k, _literal(v, dtype)) for k, v in value.items())
-    if value is dtype:
-        return "dtype?"
+        return tuple((k, _literal(v)) for k, v in value.items())
     if isinstance(value, torch.dtype):
         return "dtype?" if value.is_floating_point else str(value)
     if isinstance(value, float):
-        return limit_name(value, dtype) or limit_name(value, torch.float32) or repr(value)
+        return next((name for d in _FLOATING if (name := limit_name(value, d)) is not None), repr(value))
     return repr(value)
 
 
-def align(first: Graph, second: Graph, dtype: torch.dtype, other: torch.dtype) -> Alignment:
-    """Match ``first`` (model in ``dtype``) with ``second`` (model in ``other``)."""
+def align(first: Graph, second: Graph) -> Alignment:
+    """Match the nodes of two captures of one model, in whatever modes and dtypes."""
     a = [n for n in first.nodes if is_item(n)]
     b = [n for n in second.nodes if is_item(n)]
     chunks: list[Chunk] = []
     partner: dict[Node, Node] = {}
-    for tag, i1, i2, j1, j2 in _opcodes([signature(n, dtype) for n in a], [signature(n, other) for n in b]):
+    for tag, i1, i2, j1, j2 in _opcodes([signature(n) for n in a], [signature(n) for n in b]):
         if tag == "equal":
             partner.update(zip(a[i1:i2], b[j1:j2], strict=True))
         else:

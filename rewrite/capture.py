@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,8 +79,7 @@ class _Capture:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.untrained = ""
-        self.dtype = _native_dtype(model, inputs)
-        self.other = torch.bfloat16 if self.dtype is not torch.bfloat16 else torch.float32
+        self.dtypes = _other_dtypes(model, inputs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         train = self._timed("export", self._training)
@@ -115,60 +115,62 @@ class _Capture:
             self.untrained = str(error)
             return found
 
-    def _evaluation(self) -> tuple[Trace, torch.dtype]:
+    def _evaluation(self) -> tuple[Trace, bool]:
         """The model in evaluation mode, in another dtype if it can be traced so: one trace answers two questions."""
         try:
-            copy, mode = fake_copy(self.model, self.other)
-            return trace(copy, fake_inputs(self.inputs, mode, self.other), training=False), self.other
+            copy, mode = fake_copy(self.model, self.dtypes)
+            return trace(copy, fake_inputs(self.inputs, mode, self.dtypes), training=False), True
         except RewriteError as error:
-            self.notes.append(f"dtypes that the code names are kept as captured: in {self.other} {error}")
-            return self._native_evaluation(), self.dtype
+            others = ", ".join(str(d) for d in self.dtypes.values())
+            self.notes.append(f"dtypes that the code names are kept as captured: in {others} {error}")
+            return self._native_evaluation(), False
 
     def _native_evaluation(self) -> Trace:
         return trace(isolate(self.model), self.inputs, training=False)
 
-    def _lift(self, train: Trace, evaluation: tuple[Trace, torch.dtype]) -> LayerGraph:
+    def _lift(self, train: Trace, evaluation: tuple[Trace, bool]) -> LayerGraph:
         skeleton = Skeleton(self.model)
         graph = prepared(train.graph_module)
-        check, check_dtype = prepared(evaluation[0].graph_module), evaluation[1]
+        check, recast = prepared(evaluation[0].graph_module), evaluation[1]
         output_specs = (train.graph_module._out_spec, evaluation[0].graph_module._out_spec)
         interface = _interface(self.inputs, graph, output_specs, train)
-        self._align(graph, check, check_dtype, skeleton)
+        self._align(graph, check, recast, skeleton)
         finish(graph, skeleton, self.model, train)
         module = LayerGraph(skeleton.root, graph, interface)
         _copy_modes(self.model, module)
         return module
 
-    def _align(self, graph: Graph, check: Graph, check_dtype: torch.dtype, skeleton: Skeleton) -> None:
+    def _align(self, graph: Graph, check: Graph, recast: bool, skeleton: Skeleton) -> None:
         """Compare with the check trace: where modes differ make regions, and let dtype literals follow."""
-        alignment = align(graph, check, self.dtype, check_dtype)
+        alignment = align(graph, check)
         partner = alignment.partner
-        if alignment.chunks and needs_other_graph(alignment) and check_dtype is not self.dtype:
+        if recast and alignment.chunks and needs_other_graph(alignment):
             native = self._timed("check", self._native_evaluation)
             middle = prepared(native.graph_module)
-            between = align(middle, check, self.dtype, check_dtype)
-            alignment = align(graph, middle, self.dtype, self.dtype)
+            between = align(middle, check)
+            alignment = align(graph, middle)
             partner = {a: between.partner[m] for a, m in alignment.partner.items() if m in between.partner}
-            follow_dtypes(middle, between.partner, check, self.dtype, check_dtype)
+            follow_dtypes(middle, between.partner, check, self.dtypes)
         _note_modes(alignment)
         skeleton.index(graph)
         switch_modes(graph, middle if alignment.partner is not partner else check, alignment, skeleton.place)
         drop_idle_casts(graph)
-        if check_dtype is not self.dtype:
-            follow_dtypes(graph, partner, check, self.dtype, check_dtype)
+        if recast:
+            follow_dtypes(graph, partner, check, self.dtypes)
 
 
-def _native_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
-    """The dtype that most floating parameters have; without parameters, that of the inputs."""
-    counts: dict[torch.dtype, int] = {}
-    for tensor in model.parameters():
-        if tensor.is_floating_point():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    if counts:
-        return max(counts, key=lambda d: counts[d])
-    floats = [v.dtype for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
-              if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    return floats[0] if floats else torch.float32
+def _other_dtypes(model: nn.Module, inputs: Inputs) -> dict[torch.dtype, torch.dtype]:
+    """For each floating dtype of the parameters (else of the inputs) another one, by which to see what follows it."""
+    tensors = list(model.parameters()) or pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            counts[tensor.dtype] += tensor.numel()
+    present = [dtype for dtype, _ in counts.most_common()] or [torch.float32]
+    if len(present) == 1:
+        return {present[0]: torch.bfloat16 if present[0] is not torch.bfloat16 else torch.float32}
+    spare = [d for d in (torch.float64, torch.float16, torch.bfloat16, torch.float32) if d not in present]
+    return dict(zip(present, spare, strict=False))
 
 
 def prepared(module: GraphModule) -> Graph:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,15 @@ from .flatten import drop_dead
 from .graphs import aten, call_arguments, is_floating, leaves, map_leaves, overload, set_argument, tensor_value
 from .ops import device_of, dtype_limit, dtype_of, limit_name
 
-FOLLOWS = None
-"""In a merged cast chain: the dtype is that of the model."""
+
+@dataclass(frozen=True)
+class Follows:
+    """In a merged cast chain: the dtype is that of the model's tensors that had ``dtype`` at capture."""
+
+    dtype: torch.dtype
+
+
+Step = torch.dtype | Follows
 
 
 def follow_devices(graph: Graph) -> None:
@@ -68,19 +76,21 @@ def drop_idle_casts(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def follow_dtypes(graph: Graph, partner: Mapping[Node, Node], other: Graph, dtype: torch.dtype,
-                  other_dtype: torch.dtype) -> None:
+def follow_dtypes(graph: Graph, partner: Mapping[Node, Node], other: Graph,
+                  dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
     """Make dtype literals that follow the model's dtype follow it, by the partners of nodes in the other capture.
 
-    Casts that only one of the two captures needed are put where its graph has them.
+    ``dtypes`` says which dtype each of the model's dtypes is in the other capture. Casts that only one of the two
+    captures needed are put where its graph has them.
     """
-    _Follower(graph, partner, dtype, other_dtype).run(other)
+    _Follower(graph, partner, dtypes).run(other)
     drop_dead(graph)
 
 
 class _Follower:
-    def __init__(self, graph: Graph, partner: Mapping[Node, Node], dtype: torch.dtype, other: torch.dtype) -> None:
-        self.graph, self.partner, self.dtype, self.other = graph, dict(partner), dtype, other
+    def __init__(self, graph: Graph, partner: Mapping[Node, Node], dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
+        self.graph, self.partner, self.dtypes = graph, dict(partner), dtypes
+        self.natives = {other: dtype for dtype, other in dtypes.items()}
         self.inverse: dict[Node, Node] = {}
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         for ours, theirs in self.partner.items():
@@ -116,17 +126,17 @@ class _Follower:
         node.args = map_leaves(node.args, change)
         node.kwargs = map_leaves(dict(node.kwargs), change)
 
-    def _merged(self, chain: Sequence[torch.dtype], other: Sequence[torch.dtype]) -> tuple[torch.dtype | None, ...]:
-        """One chain of casts for both dtypes; FOLLOWS where the dtype is the model's own."""
+    def _merged(self, chain: Sequence[torch.dtype], other: Sequence[torch.dtype]) -> tuple[Step, ...]:
+        """One chain of casts for both captures."""
         if not other:
-            return tuple(FOLLOWS if d is self.dtype else d for d in chain)
+            return tuple(Follows(d) if d in self.dtypes else d for d in chain)
         if not chain:
-            return tuple(FOLLOWS if d is self.other else d for d in other)
+            return tuple(Follows(self.natives[d]) if d in self.natives else d for d in other)
         if len(chain) == len(other):
-            return tuple(FOLLOWS if a is self.dtype and b is self.other else a for a, b in zip(chain, other, strict=True))
+            return tuple(Follows(a) if self.dtypes.get(a) is b else a for a, b in zip(chain, other, strict=True))
         return tuple(chain)
 
-    def _cast(self, base: Node, chain: tuple[torch.dtype | None, ...], other_base: Node, user: Node) -> Node:
+    def _cast(self, base: Node, chain: tuple[Step, ...], other_base: Node, user: Node) -> Node:
         value = base
         for i, dtype in enumerate(chain):
             contexts = user.meta.get("contexts", ())
@@ -144,50 +154,43 @@ class _Follower:
             value = made
         return value
 
-    def _cast_node(self, value: Node, dtype: torch.dtype | None, other_base: Node) -> Node:
+    def _cast_node(self, value: Node, step: Step, other_base: Node) -> Node:
         fake = value.meta["val"]
-        if dtype is not FOLLOWS:
-            made = self.graph.call_function(aten.to.dtype, (value, dtype))
-            made.meta["val"] = fake.to(dtype)
-            return made
-        reference = self._reference(other_base)
+        dtype = step.dtype if isinstance(step, Follows) else step
+        reference = self._reference(other_base, dtype) if isinstance(step, Follows) else None
         if reference is None:
-            made = self.graph.call_function(aten.to.dtype, (value, self.dtype))
+            made = self.graph.call_function(aten.to.dtype, (value, dtype))
         else:
             made = self.graph.call_function(aten.to.other, (value, reference))
-        made.meta["val"] = fake.to(self.dtype)
+        made.meta["val"] = fake.to(dtype)
         return made
 
-    def _reference(self, start: Node) -> Node | None:
-        """The nearest value upstream that has the model's dtype in both captures; else a parameter, else an input."""
+    def _reference(self, start: Node, dtype: torch.dtype) -> Node | None:
+        """The nearest value upstream that follows ``dtype`` in both captures; else a parameter, else an input."""
         queue, seen = deque([start]), {start}
         while queue:
             theirs = queue.popleft()
             value = tensor_value(theirs)
             ours = self.inverse.get(theirs)
-            if value is not None and value.dtype is self.other and ours is not None and self._is_native(ours):
+            if value is not None and value.dtype is self.dtypes[dtype] and ours is not None and _has(ours, dtype):
                 return ours
             for source in theirs.all_input_nodes:
                 if source not in seen:
                     seen.add(source)
                     queue.append(source)
-        return self._fallback()
+        return self._fallback(dtype)
 
-    def _beside(self, node: Node) -> Node | None:
+    def _beside(self, node: Node, dtype: torch.dtype) -> Node | None:
         """For a tensor made from nothing: a value that it meets in an operator, computed before it."""
         for user in node.users:
             for source in user.all_input_nodes:
-                if source.op != "get_attr" and self._is_native(source) and self.order.get(source, 1 << 60) < self.order[node]:
+                if source.op != "get_attr" and _has(source, dtype) and self.order.get(source, 1 << 60) < self.order[node]:
                     return source
         return None
 
-    def _fallback(self) -> Node | None:
-        sources = [n for n in _sources(self.graph) if self._is_native(n)]
+    def _fallback(self, dtype: torch.dtype) -> Node | None:
+        sources = [n for n in _sources(self.graph) if _has(n, dtype)]
         return next((n for n in sources if n.op == "get_attr"), sources[0] if sources else None)
-
-    def _is_native(self, node: Node) -> bool:
-        value = tensor_value(node)
-        return value is not None and value.dtype is self.dtype
 
     def _literals(self, node: Node, theirs: Node) -> None:
         if overload(node) is None or overload(theirs) is None:
@@ -195,16 +198,18 @@ class _Follower:
         others = call_arguments(theirs)
         for name, value in call_arguments(node).items():
             theirs_value = others.get(name)
-            if value is self.dtype and theirs_value is self.other:
-                self._replace(node, name, dtype_of, theirs)
+            if isinstance(value, torch.dtype) and value in self.dtypes and theirs_value is self.dtypes[value]:
+                self._replace(node, name, dtype_of, theirs, value)
             elif isinstance(value, float) and isinstance(theirs_value, float) and value != theirs_value:
-                limit = limit_name(value, self.dtype)
-                if limit is not None and limit == limit_name(theirs_value, self.other):
-                    self._replace(node, name, dtype_limit, theirs, limit)
+                for dtype, other in self.dtypes.items():
+                    limit = limit_name(value, dtype)
+                    if limit is not None and limit == limit_name(theirs_value, other):
+                        self._replace(node, name, dtype_limit, theirs, dtype, limit)
+                        break
 
-    def _replace(self, node: Node, name: str, function: Any, theirs: Node, *extra: Any) -> None:
+    def _replace(self, node: Node, name: str, function: Any, theirs: Node, dtype: torch.dtype, *extra: Any) -> None:
         upstream = [n for n in theirs.all_input_nodes if is_floating(n)]
-        reference = self._reference(upstream[0]) if upstream else self._beside(node) or self._fallback()
+        reference = self._reference(upstream[0], dtype) if upstream else self._beside(node, dtype) or self._fallback(dtype)
         if reference is None:
             return
         with self.graph.inserting_before(node):
@@ -214,6 +219,11 @@ class _Follower:
             made.meta["contexts"] = node.meta["contexts"]
         made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         set_argument(node, name, made)
+
+
+def _has(node: Node, dtype: torch.dtype) -> bool:
+    value = tensor_value(node)
+    return value is not None and value.dtype is dtype
 
 
 def _near(value: Node, user: Node) -> Node:

@@ -23,7 +23,7 @@ def dtype_limit(tensor: torch.Tensor, name: str) -> float:
 
 
 def limit_name(value: float, dtype: torch.dtype) -> str | None:
-    """Which limit of ``dtype`` the number ``value`` is, with its sign: ``min``, ``-tiny``, ..., or None."""
+    """Which limit of ``dtype`` the number ``value`` is: ``min``, ``tiny``, ..., or None."""
     info = torch.finfo(dtype)
     for name in _LIMITS:
         if value == getattr(info, name):

@@ -86,12 +86,12 @@ def isolate(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor] = 
     return made
 
 
-def fake_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, FakeTensorMode]:
-    """A copy of ``model`` with fake tensors (shapes only) whose floating parameters and buffers have ``dtype``."""
+def fake_copy(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) -> tuple[nn.Module, FakeTensorMode]:
+    """A copy of ``model`` with fake tensors (shapes only), its parameters and buffers in other dtypes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        to = dtype if tensor.is_floating_point() else tensor.dtype
+        to = dtypes.get(tensor.dtype, tensor.dtype)
         with mode:
             made = torch.empty_like(tensor, dtype=to, device=tensor.device, requires_grad=False)
         if isinstance(tensor, nn.Parameter):
@@ -101,14 +101,13 @@ def fake_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, FakeTens
     return isolate(model, fake), mode
 
 
-def fake_inputs(inputs: Inputs, mode: FakeTensorMode, dtype: torch.dtype) -> Inputs:
-    """The same inputs as fake tensors, floating ones in ``dtype``."""
+def fake_inputs(inputs: Inputs, mode: FakeTensorMode, dtypes: Mapping[torch.dtype, torch.dtype]) -> Inputs:
+    """The same inputs as fake tensors, in other dtypes."""
     def fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         with mode:
-            return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype,
-                               device=value.device)
+            return torch.empty(value.shape, dtype=dtypes.get(value.dtype, value.dtype), device=value.device)
 
     args, kwargs = pytree.tree_map(fake, (inputs.args, dict(inputs.kwargs)))
     return Inputs(inputs.signature, args, kwargs)
