@@ -69,6 +69,7 @@ def cases(what: str) -> list[Any]:
 def run_all(what: str, names: list[str], output: Path, limit: int) -> None:
     done = {json.loads(line)["name"] for line in output.read_text().splitlines()} if output.exists() else set()
     chosen = [c for c in cases(what) if (not names or c.name in names) and c.name not in done]
+    chosen.sort(key=lambda c: names.index(c.name) if names else 0)
     for start in range(0, len(chosen), BATCH):
         with tempfile.TemporaryDirectory() as folder:
             results = {case.name: timed(case, what, Path(folder), limit) for case in chosen[start:start + BATCH]}
