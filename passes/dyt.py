@@ -90,11 +90,11 @@ class DyT(Pass):
         return DynamicTanh(alpha, norm.weight, norm.bias, norm.shape, norm.channel_axis, norm.eps)
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """weight * (1 - 2 / (e^(2 alpha x) + 1)) + bias, channels moved to the end and back."""
+        """weight * (2 / (1 + e^(-2 alpha x)) - 1) + bias, channels moved to the end and back."""
         assert isinstance(new, DynamicTanh)
         x, = inputs
         moved = x.movedim(new.channel_axis, -1)
-        y = 1 - 2 / (torch.exp(2 * new.alpha * moved) + 1)
+        y = 2 * torch.sigmoid(2 * new.alpha * moved) - 1
         y = y * new.weight if new.weight is not None else y
         y = y + new.bias if new.bias is not None else y
         return y.movedim(-1, new.channel_axis)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._library.custom_ops import OPDEFS
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
@@ -100,6 +101,22 @@ def operator_named(name: str) -> torch._ops.OpOverload:
     if not isinstance(found, torch._ops.OpOverload):
         raise RewriteError(f"the file uses the operator {name}, which this torch does not have")
     return found
+
+
+def operator_homes(module: nn.Module, graph: Graph) -> list[str]:
+    """The Python modules that define the custom operators of a layer graph: importing one registers its operators."""
+    graphs = [graph, *(g for part in module.modules() if isinstance(part, Region) for g in part.graphs.values())]
+    names = {node.target._schema.name for g in graphs for node in g.nodes
+             if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims")}
+    known = {name: OPDEFS[name] for name in names if name in OPDEFS}
+    return sorted({definition._init_fn.__module__ for definition in known.values()})
+
+
+def import_homes(homes: list[str]) -> None:
+    """Import those of the modules that belong to installed packages."""
+    for home in homes:
+        if is_installed(home):
+            import_mended(home)
 
 
 def _function_name(target: Any) -> str:

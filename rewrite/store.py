@@ -46,7 +46,9 @@ from .serial import (
     encode_graph,
     encode_interface,
     encode_module,
+    import_homes,
     is_installed,
+    operator_homes,
     plain_spec,
 )
 from .skeleton import Constants
@@ -108,6 +110,7 @@ def _encoded(program: Program) -> dict[str, Any]:
         tied.setdefault(id(tensor), []).append(name)
     return {"format": _FORMAT, "torch": torch.__version__, "graph": encode_graph(program.graph),
             "modules": encode_module(program.module), "interface": encode_interface(program.module.interface),
+            "operators": operator_homes(program.module, program.graph),
             "tied": [names for names in tied.values() if len(names) > 1],
             "dimensions": [asdict(d) for d in program.dimensions], "opaque": [asdict(o) for o in program.opaque],
             "origin": {"model_class": program.origin.model_class, "seconds": dict(program.origin.seconds),
@@ -199,6 +202,7 @@ def _rebuilt(files: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
     data = json.loads(_text(files[_LAYERS]))
     if data["format"] != _FORMAT:
         raise RewriteError(f"it has format {data['format']}, this version reads {_FORMAT}: use the version that wrote it")
+    import_homes(data["operators"])
     tensors = {**weights, **safetensors.torch.load(bytes.fromhex(_text(files[_TENSORS])))}
     for names in data["tied"]:
         first = next(tensors[n] for n in names if n in tensors)
