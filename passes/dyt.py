@@ -90,11 +90,18 @@ class DyT(Pass):
         return DynamicTanh(alpha, norm.weight, norm.bias, norm.shape, norm.channel_axis, norm.eps)
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """weight * (2 / (1 + e^(-2 alpha x)) - 1) + bias, channels moved to the end and back."""
+        """weight * (1 - e^(-2u)) / (1 + e^(-2u)) + bias with u = alpha x (odd in u), channels moved to the end and back."""
         assert isinstance(new, DynamicTanh)
         x, = inputs
         moved = x.movedim(new.channel_axis, -1)
-        y = 2 * torch.sigmoid(2 * new.alpha * moved) - 1
+        u = new.alpha * moved
+        y = torch.where(u >= 0, _tanh_from_zero(u), -_tanh_from_zero(-u))
         y = y * new.weight if new.weight is not None else y
         y = y + new.bias if new.bias is not None else y
         return y.movedim(-1, new.channel_axis)
+
+
+def _tanh_from_zero(u: torch.Tensor) -> torch.Tensor:
+    """(1 - e^(-2u)) / (1 + e^(-2u)) for u >= 0, to full precision for the smallest u and without overflow."""
+    less = torch.expm1(-2 * u.clamp(min=0))
+    return -less / (less + 2)
