@@ -317,6 +317,8 @@ def report(files: list[Path]) -> None:
 
 
 def cause(value: str) -> str:
+    if value.startswith("relative error") and " inf " in value:
+        return "a buffer or a gradient is there on one side only, or of another shape"
     if value.startswith("relative error"):
         errors = [float(part) for part in value.replace(",", "").split() if part[0].isdigit()]
         return "rounding, relative error up to 1e-5" if max(errors) <= 1e-5 else "another result"
