@@ -1,0 +1,67 @@
+"""The user's own class back, and what cannot be put into it, by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewrite
+from rewrite import RewriteError
+from tests.models.stress import stress_cases
+
+CASES = {c.name: c for c in stress_cases()}
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.norm(self.fc(x)))
+
+
+def converted(model: nn.Module) -> rewrite.Program:
+    return rewrite.apply(model, "dyt", args=(torch.randn(4, 8),))
+
+
+def test_it_is_the_users_class_and_computes_what_the_program_does() -> None:
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    program = converted(model)
+    made = rewrite.graft(program, model)
+    x = torch.randn(3, 8)
+    assert type(made) is Net
+    assert type(made.norm).__name__ == "DynamicTanh"
+    assert torch.equal(made.eval()(x), program.module.eval()(x))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert isinstance(model.norm, nn.LayerNorm)
+
+
+def test_another_instance_takes_the_programs_weights() -> None:
+    program = converted(Net())
+    made = rewrite.graft(program, Net())
+    assert torch.equal(made.fc.weight, program.module.fc.weight)
+
+
+def test_another_width_or_class_is_refused_by_name() -> None:
+    program = converted(Net())
+    with pytest.raises(RewriteError, match=r"fc\.weight has shape"):
+        rewrite.graft(program, Net(16))
+    with pytest.raises(RewriteError, match="captured from"):
+        rewrite.graft(program, nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("FunctionalLayerNorm", "is no module of your model"),
+                                              ("HookedLayers", "does more than the layer")])
+def test_what_is_no_whole_module_is_refused_by_name(name: str, reason: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    program = rewrite.apply(rewrite.capture(model, *case.inputs(2, 12)), "dyt", verify=False)
+    with pytest.raises(RewriteError, match=reason):
+        rewrite.graft(program, model)
