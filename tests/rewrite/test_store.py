@@ -21,8 +21,8 @@ def changed(name: str) -> rewrite.Program:
     return rewrite.apply(rewrite.capture(case.build(), args, kwargs), "dyt", verify=False)
 
 
-@pytest.mark.parametrize("name", ["TrainingBranchInChild", "TiedHead", "BatchNormTwice", "RMSNormSpellings", "ConstantAttribute",
-                                  "NonPersistentBuffer", "NoGradient", "SharedUnderTwoNames"])
+@pytest.mark.parametrize("name", ["TrainingBranchInChild", "TiedHead", "BatchNormTwice", "RMSNormSpellings",
+                                  "ConstantAttribute", "NonPersistentBuffer", "NoGradient", "SharedUnderTwoNames"])
 def test_the_same_program_comes_back(name: str, tmp_path: Path) -> None:
     program = changed(name)
     again = rewrite.load(rewrite.save(program, tmp_path / "x.pt2"))
