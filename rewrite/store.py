@@ -83,11 +83,9 @@ def atomic(target: Path) -> Iterator[Path]:
     """A temporary path beside ``target`` that becomes it when the block succeeds, and is gone when it fails."""
     if not target.parent.is_dir():
         raise RewriteError(f"cannot write {target}: there is no folder {target.parent}")
-    folder = None
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-        with folder:
-            temporary = Path(folder.name) / target.name
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
             yield temporary
             os.replace(temporary, target)
     except OSError as error:
