@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from .as_eager import SizeDecisions, View, seen_as
 from .codegen import keyword_safe
 from .errors import RewriteError
 from .functions import FunctionCall, recorded_functions
@@ -123,18 +123,18 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
     notes: list[str] = []
     _screen_outputs(model, dropped)
     errors: list[Exception] = []
-    for dynamic, as_eager in _attempts(inputs):
+    for dynamic, view in _attempts(inputs):
         dropped.clear()
         try:
-            with quiet(), keyword_safe(), _seen_as_eager(as_eager), recorded_functions(notes) as functions:
+            with quiet(), keyword_safe(), seen_as(view), recorded_functions(notes) as functions:
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic,
                                                strict=False)
                 graph_module = exported.module(check_guards=False)
         except Exception as error:
             errors.append(error)
             continue
-        if len(errors) > 1:
-            notes.append(f"dynamic sizes reduced: {_first_line(errors[1])}")
+        if len(errors) > 2:
+            notes.append(f"dynamic sizes reduced: {_first_line(errors[2])}")
         return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
 
@@ -165,24 +165,12 @@ def widened(inputs: Inputs) -> Inputs:
     return Inputs(inputs.signature, args, kwargs)
 
 
-def _attempts(inputs: Inputs) -> Iterator[tuple[Any, bool]]:
-    """Dynamic sizes, and whether code sees itself run eagerly, in the order to try."""
+def _attempts(inputs: Inputs) -> Iterator[tuple[Any, View]]:
+    """Dynamic sizes, and how the model's code sees the trace, in the order to try."""
     choices = list(_dynamic_choices(inputs))
-    yield choices[0], True
-    yield from ((dynamic, False) for dynamic in choices)
-
-
-@contextlib.contextmanager
-def _seen_as_eager(active: bool) -> Iterator[None]:
-    """Let library code that asks whether it is being compiled or exported see an eager run.
-
-    Libraries take another path when exported (transformers builds explicit masks and repeats keys where eager attention
-    is causal and grouped): the same function, but other kernels, other rounding and other speed than the user's model.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in ("is_compiling", "is_exporting") if active else ():
-            stack.enter_context(mock.patch.object(torch.compiler, name, return_value=False))
-        yield
+    yield choices[0], View.EAGER
+    yield choices[0], View.FAKE
+    yield from ((dynamic, View.TRACED) for dynamic in choices)
 
 
 def _dynamic_choices(inputs: Inputs) -> Iterator[Any]:
@@ -209,7 +197,9 @@ def _screen_outputs(model: nn.Module, dropped: list[str]) -> None:
 
     @functools.wraps(forward)
     def screened(*args: Any, **kwargs: Any) -> Any:
-        return _screen(forward(*args, **kwargs), "output", dropped)
+        with SizeDecisions():
+            outputs = forward(*args, **kwargs)
+        return _screen(outputs, "output", dropped)
 
     model.forward = screened
 
