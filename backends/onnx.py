@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from rewrite.errors import RewriteError
+from rewrite.staging import Staging, explained
 from rewrite.verify import relative_error
 
 from .flat import Flat, dynamic_axes, examples, flattened, other_sizes
@@ -68,20 +67,11 @@ def export(program: Program, path: str | Path, *, opset: int | None = None, exte
     ``check_values=False`` skips the run. Raises RewriteError, and leaves nothing behind, where any of this fails.
     """
     path = Path(path)
-    if path.is_dir():
-        raise RewriteError(f"{path} is a folder: name the ONNX file to write")
-    if not path.parent.is_dir():
-        raise RewriteError(f"there is no folder {path.parent} to write {path.name} into")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            written = write(program, file, opset=opset, external_data=external_data, dynamic=dynamic)
-            if check_values:
-                check(program, written, _on_cpu(program, file))
-            for part in sorted(file.parent.iterdir(), key=lambda each: each == file):  # the weights before the model
-                os.replace(part, path.parent / part.name)
-    except OSError as error:
-        raise RewriteError(f"{path} cannot be written: {error.strerror or error}") from error
+    with explained(path), Staging() as staging:
+        file = staging.path(path)
+        written = write(program, file, opset=opset, external_data=external_data, dynamic=dynamic)
+        if check_values:
+            check(program, written, _on_cpu(program, file))
     return path
 
 

@@ -23,7 +23,8 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, at
 _DROPOUTS = (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout,
              aten.alpha_dropout_, aten.feature_alpha_dropout, aten.feature_alpha_dropout_)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRAINING_ARGUMENTS = ("train", "training", "dropout_p", "dropout", "cudnn_enabled")
+#: Arguments of operators that follow the model's mode.
+MODE_ARGUMENTS = frozenset({"train", "training", "dropout_p", "dropout", "cudnn_enabled"})
 
 
 @dataclass
@@ -105,7 +106,7 @@ def signature(node: Node) -> tuple[Any, ...]:
         named = {a.name: i for i, a in enumerate(found._schema.arguments)}
         for name, place in named.items():
             value = node.args[place] if place < len(node.args) else node.kwargs.get(name)
-            literals.append("*" if name in _TRAINING_ARGUMENTS else _literal(value))
+            literals.append("*" if name in MODE_ARGUMENTS else _literal(value))
     else:
         literals = [_literal(node.args), _literal(dict(node.kwargs))]
     return (str(node.target), tuple(literals), module_key(node),

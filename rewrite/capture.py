@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .align import Alignment, align
+from .align import MODE_ARGUMENTS, Alignment, align
 from .codegen import copy_graph
 from .composites import raise_composites
 from .conditions import conditions
@@ -30,8 +30,6 @@ from .regions import Region, group_contexts
 from .skeleton import Constants, Skeleton
 from .switch import needs_other_graph, switch_modes
 from .trace import Inputs, Trace, bind_inputs, fake_copy, fake_inputs, isolate, trace, widened
-
-_TRAINING_ARGUMENTS = ("train", "training", "dropout_p")
 
 
 def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -207,7 +205,7 @@ def _note_modes(alignment: Alignment) -> None:
             continue
         others = call_arguments(theirs)
         modes = {name: (value, others[name]) for name, value in call_arguments(ours).items()
-                 if name in _TRAINING_ARGUMENTS and others[name] != value}
+                 if name in MODE_ARGUMENTS and others[name] != value}
         if modes:
             ours.meta["modes"] = modes
 

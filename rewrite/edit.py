@@ -196,8 +196,9 @@ def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None 
         layer = attribute(module, str(node.target))
         if mode is None:
             return layer(*args, **kwargs)
-        state: dict[str, torch.Tensor] = {name: mode.from_tensor(t.detach(), static_shapes=True)
-                 for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
+        state: dict[str, torch.Tensor] = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+            for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
         with _evaluating(layer):
             return torch.func.functional_call(layer, state, args, kwargs)
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import RewriteError
-from .output import Plan, Staging, Written, check_free, plan, write
+from .output import Plan, Written, check_free, plan, write
+from .staging import Staging
 from .text import parse
 
 if TYPE_CHECKING:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from .errors import RewriteError, did_you_mean
+from .staging import Staging, check_place, explained
 
 if TYPE_CHECKING:
     import torch
@@ -65,10 +61,7 @@ def plan(spec: str, names: Sequence[str], output: Path | None, read: Iterable[Pa
 
 def check_free(path: Path, read: Iterable[Path]) -> None:
     """Raises RewriteError unless ``path`` can be a file in a folder that is there, and is none of those ``read``."""
-    if path.is_dir():
-        raise RewriteError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise RewriteError(f"cannot write {path}: there is no folder {path.parent}")
+    check_place(path)
     for other in read:
         if _same_file(path, other):
             raise RewriteError(f"cannot write {path}: it is an input of this run; choose another name")
@@ -99,68 +92,6 @@ def _default(spec: str, names: Sequence[str]) -> Path:
     return Path(f"{stem.replace('/', '-').replace(':', '-')}.{tail}.pt")
 
 
-class Staging:
-    """Files that appear all at once, when the context is left without an error; otherwise none does.
-
-    In a ``rehearsal`` none does either: they are written to the system's temporary folder and thrown away.
-    """
-
-    def __init__(self, *, rehearsal: bool = False) -> None:
-        self._rehearsal = rehearsal
-        self._rooms: list[tuple[Path, Path]] = []
-
-    def path(self, final: Path) -> Path:
-        """Where to write what is to become ``final``: the same name, in a new folder beside it.
-
-        A format of several files may write others next to it; they are moved along.
-        """
-        folder = None if self._rehearsal else final.parent
-        with _explained(final):
-            room = Path(tempfile.mkdtemp(prefix=f".{final.name[:100]}.", suffix=".partial", dir=folder))
-        self._rooms.append((room, final))
-        return room / final.name
-
-    def drop(self, final: Path) -> None:
-        """Forget what was written for ``final``."""
-        for room, path in [pair for pair in self._rooms if pair[1] == final]:
-            shutil.rmtree(room, ignore_errors=True)
-            self._rooms.remove((room, path))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-                 ) -> None:
-        try:
-            for room, final in self._rooms if error is None and not self._rehearsal else ():
-                with _explained(final):
-                    for file in sorted(room.iterdir()):
-                        _move(file, final.parent / file.name)
-        finally:
-            for room, _ in self._rooms:
-                shutil.rmtree(room, ignore_errors=True)
-
-
-def _move(file: Path, final: Path) -> None:
-    """Move a file into place, with the permissions of any file written there: some writers keep others out."""
-    if final.exists():
-        shutil.copymode(final, file)
-    else:
-        umask = os.umask(0)
-        os.umask(umask)
-        file.chmod(0o666 & ~umask)
-    os.replace(file, final)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write a file into an error for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise RewriteError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def write(program: Program, model: nn.Module | None, plan: Plan, staging: Staging) -> Written:
     """Stage the program in the format of the plan's suffix; ``model`` is what it was captured from.
 
@@ -168,7 +99,7 @@ def write(program: Program, model: nn.Module | None, plan: Plan, staging: Stagin
     reason, unless the user asked for the module.
     """
     path = plan.path
-    with _explained(path):
+    with explained(path):
         if path.suffix not in MODULE_SUFFIXES:
             return _WRITERS[path.suffix](program, path, staging)
         try:

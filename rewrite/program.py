@@ -66,8 +66,12 @@ class LayerGraph(nn.Module):
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             root.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
         root.training = self.training
-        made = LayerGraph(root, copy_graph(self.graph), self.interface)
+        made = LayerGraph.__new__(LayerGraph)
         memo[id(self)] = made
+        nn.Module.__init__(made)
+        made.adopt(root)
+        made.__dict__.update(graph=copy_graph(self.graph), interface=self.interface, code=self.code)
+        type(made).forward = type(self).forward  # the same graph under the same names: the same code
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:

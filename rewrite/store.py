@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -52,6 +51,7 @@ from .serial import (
     plain_spec,
 )
 from .skeleton import Constants
+from .staging import Staging, explained
 from .trace import Inputs, export_program, quiet, widened
 
 _FORMAT = 1
@@ -73,23 +73,9 @@ def save(program: Program, path: str | os.PathLike[str]) -> Path:
     extra = {n: t.contiguous().clone() for n, t in named_tensors(program.module).items() if n not in held}
     files = {_LAYERS: json.dumps(layers), _TENSORS: safetensors.torch.save(extra).hex(),
              _EXAMPLES: _examples(program).hex()}
-    with atomic(target) as temporary, keyword_safe():
-        archive.package_pt2(str(temporary), exported_programs={"model": exported}, extra_files=files)
+    with explained(target), Staging() as staging, keyword_safe():
+        archive.package_pt2(str(staging.path(target)), exported_programs={"model": exported}, extra_files=files)
     return target
-
-
-@contextlib.contextmanager
-def atomic(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target`` that becomes it when the block succeeds, and is gone when it fails."""
-    if not target.parent.is_dir():
-        raise RewriteError(f"cannot write {target}: there is no folder {target.parent}")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
-            yield temporary
-            os.replace(temporary, target)
-    except OSError as error:
-        raise RewriteError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -126,6 +126,14 @@ def test_batch_and_group_norms_are_left_alone() -> None:
 # -------------------- selection ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("level", [30.0, 37.0, 300.0])
+def test_proof_holds_where_every_tanh_is_saturated(level: float) -> None:
+    """The gradient is then rounding alone: 1 - tanh² of numbers next to 1."""
+    program = apply(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), "dyt", args=(level + 2 * torch.rand(4, 8),))
+    verification = program.history[0].verification
+    assert verification is not None and verification.passed
+
+
 def test_selection_by_path() -> None:
     result = apply(captured("gpt2"), "dyt{where=h.0.*}", verify=False, share=True)
     assert set(inserted(result)) == {"h.0.ln_1", "h.0.ln_2"}
