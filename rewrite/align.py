@@ -57,14 +57,21 @@ def cast_chain(node: Any) -> tuple[Any, tuple[torch.dtype, ...]]:
 
     Casts that change nothing do not count: an export attributes later uses of a value to them.
     """
-    chain: list[torch.dtype] = []
+    base, nodes = cast_nodes(node)
+    return base, tuple(n.meta["val"].dtype for n in nodes)
+
+
+def cast_nodes(node: Any) -> tuple[Any, tuple[Node, ...]]:
+    """As ``cast_chain``, with the casts' nodes."""
+    chain: list[Node] = []
     while isinstance(node, Node) and is_cast(node):
         source = node.args[0]
+        assert isinstance(source, Node)
         before, after = tensor_value(source), tensor_value(node)
         assert before is not None
         assert after is not None
         if before.dtype != after.dtype:
-            chain.insert(0, after.dtype)
+            chain.insert(0, node)
         node = source
     return node, tuple(chain)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 from torch.fx import Node
 
 from .errors import RewriteError
-from .graphs import attribute
+from .graphs import attribute, module_key, module_stack
 from .program import LayerGraph, Program
 from .verify import TOLERANCE, Difference, Mode, clone, difference, run
 
@@ -26,20 +28,21 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     ``model`` is any instance of the captured class with the captured parameter shapes. Unless ``verify`` is False, the
     copy is compared with the program on its example inputs, in both modes, in exact arithmetic.
 
+    A module that calls children of its own after the replaced layer (a norm with a built-in activation) becomes an
+    nn.Sequential of the new layer, ``layer``, and those children.
+
     Raises RewriteError, by name, for another class or other shapes; for an edit at a path that is no module of the
-    model, or of a module that does more than the replaced layer; for a shared module of which one call was edited;
-    and for edits of the graph between layers. The model is not changed.
+    model, or of a module that does more; for a shared module of which one call was edited; and for edits of the graph
+    between layers. The model is not changed.
     """
     _check_class(program, model)
     _check_shapes(program, model)
-    paths = list(dict.fromkeys(_edited_paths(program)))
-    for path in paths:
-        _check_path(program, model, path)
+    tails = {path: _tail(program, model, path) for path in _edited_paths(program)}
     made = clone(model)
-    _load(made, program, set(paths))
-    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in paths}, _own_tensors(program, made))
+    _load(made, program, set(tails))
+    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in tails}, _own_tensors(program, made))
     for path, layer in layers.items():
-        _set(made, path, layer)
+        _set(made, path, _followed(layer, tails[path]))
     if verify:
         _verify(program, made)
     return made
@@ -73,22 +76,48 @@ def _edited_paths(program: Program) -> Iterator[str]:
             yield site.path
 
 
-def _check_path(program: Program, model: nn.Module, path: str) -> None:
-    if not isinstance(attribute(model, path), nn.Module):
+def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
+    """The children that the module at ``path`` calls after the layer, as a norm with a built-in activation does.
+
+    Raises RewriteError if the path is no module of the model's, or if the module does anything else.
+    """
+    module = attribute(model, path)
+    if not isinstance(module, nn.Module):
         base = path.rpartition("_")[0]
         if isinstance(attribute(model, base), nn.Module):
             raise RewriteError(f"{base} is a module called several times, of which one call was edited: your class "
                                "cannot hold that; edit all its calls, or save the program as .pt2")
         raise RewriteError(f"{path} is no module of your model but a call inside its code: save the program as .pt2")
-    partial = next((n for n in _calls(program, path) if not n.meta.get("whole")), None)
-    if partial is not None:
-        kind = type(attribute(model, path)).__name__
-        raise RewriteError(f"{path} is a {kind}, which does more than the layer that was replaced in it: save the program "
-                           "as .pt2")
+    calls = [n for n in program.graph.nodes if n.op == "call_module" and n.target == path]
+    tails = {() if n.meta.get("whole") else _children_after(n) for n in calls}
+    tail = tails.pop() if len(tails) == 1 else None
+    if tail is None or (tail and len(inspect.signature(module.forward).parameters) != 1):
+        raise RewriteError(f"{path} is a {type(module).__name__}, which does more than the layer that was replaced in it: "
+                           "save the program as .pt2")
+    return tail
 
 
-def _calls(program: Program, path: str) -> list[Node]:
-    return [n for n in program.graph.nodes if n.op == "call_module" and n.target == path]
+def _children_after(call: Node) -> tuple[str, ...] | None:
+    """The names of the children that follow a layer, one on the other, in its module's call; None if there is more."""
+    key, path = module_key(call), str(call.target)
+    chain = [call]
+    while len(chain[-1].users) == 1:
+        user = next(iter(chain[-1].users))
+        if user.op != "call_module" or str(user.target).rpartition(".")[0] != path or user.args != (chain[-1],):
+            break
+        chain.append(user)
+    inside = [n for n in call.graph.nodes if any(key == k for k, _, _ in module_stack(n))]
+    return tuple(str(n.target).rpartition(".")[2] for n in chain[1:]) if set(inside) == set(chain) else None
+
+
+def _followed(layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:
+    """The layer, and after it those of its children that the module called there."""
+    if not tail:
+        return layer
+    after = {name: layer.get_submodule(name) for name in tail}
+    for name in tail:
+        delattr(layer, name)
+    return nn.Sequential(OrderedDict(layer=layer, **after))
 
 
 def _load(made: nn.Module, program: Program, edited: set[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .align import cast_chain, is_cast, is_item
+from .align import cast_nodes, is_cast, is_item
 from .flatten import drop_dead
 from .graphs import aten, call_arguments, is_floating, leaves, map_leaves, overload, set_argument, tensor_value
 from .ops import device_of, dtype_limit, dtype_of, limit_name
@@ -118,10 +118,11 @@ class _Follower:
             other = next(right, None)
             if not isinstance(value, Node) or not is_floating(value) or not isinstance(other, Node):
                 return value
-            base, chain = cast_chain(value)
-            other_base, other_chain = cast_chain(other)
-            merged = self._merged(chain, other_chain)
-            return self._cast(base, merged, other_base, node)
+            base, chain = cast_nodes(value)
+            other_base, other_chain = cast_nodes(other)
+            merged = self._merged(_dtypes(chain), _dtypes(other_chain))
+            homes = [cast.meta.get("nn_module_stack") or {} for cast in chain or other_chain]
+            return self._cast(base, merged, other_base, node, homes)
 
         node.args = map_leaves(node.args, change)
         node.kwargs = map_leaves(dict(node.kwargs), change)
@@ -136,7 +137,8 @@ class _Follower:
             return tuple(Follows(a) if self.dtypes.get(a) is b else a for a, b in zip(chain, other, strict=True))
         return tuple(chain)
 
-    def _cast(self, base: Node, chain: tuple[Step, ...], other_base: Node, user: Node) -> Node:
+    def _cast(self, base: Node, chain: tuple[Step, ...], other_base: Node, user: Node, homes: Sequence[Any]) -> Node:
+        """The chain of casts before ``user``, each in the module call (of ``homes``) in which a capture had it."""
         value = base
         for i, dtype in enumerate(chain):
             contexts = user.meta.get("contexts", ())
@@ -145,9 +147,7 @@ class _Follower:
             if made is None:
                 with self.graph.inserting_before(user):
                     made = self._cast_node(value, dtype, other_base)
-                made.meta.update({k: v for k, v in _near(value, user).meta.items()
-                                  if k in ("nn_module_stack", "contexts", "stack_trace")})
-                made.meta.pop("contexts", None)
+                made.meta["nn_module_stack"] = homes[i]
                 if contexts:
                     made.meta["contexts"] = contexts
                 self.casts[key] = made
@@ -226,9 +226,8 @@ def _has(node: Node, dtype: torch.dtype) -> bool:
     return value is not None and value.dtype is dtype
 
 
-def _near(value: Node, user: Node) -> Node:
-    """Whose module a cast between two nodes belongs to: a cast of a parameter or input belongs to its user."""
-    return user if user.op != "output" else value
+def _dtypes(casts: Sequence[Node]) -> tuple[torch.dtype, ...]:
+    return tuple(cast.meta["val"].dtype for cast in casts)
 
 
 def _sources(graph: Graph) -> list[Node]:

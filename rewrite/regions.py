@@ -72,6 +72,8 @@ def _enter(kind: str, settings: tuple[Any, ...], device: str) -> contextlib.Abst
     if kind == "grad":
         return torch.set_grad_enabled(settings[0])
     _, dtype, enabled, cache = settings
+    if not enabled and not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()  # the meta device has no autocast, so it is off
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
 
 

@@ -131,7 +131,8 @@ def test_proof_holds_where_every_tanh_is_saturated(level: float) -> None:
     """The gradient is then rounding alone: 1 - tanh² of numbers next to 1."""
     program = apply(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), "dyt", args=(level + 2 * torch.rand(4, 8),))
     verification = program.history[0].verification
-    assert verification is not None and verification.passed
+    assert verification is not None
+    assert verification.passed
 
 
 def test_selection_by_path() -> None:

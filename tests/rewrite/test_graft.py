@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,27 @@ def test_what_is_no_whole_module_is_refused_by_name(name: str, reason: str) -> N
     program = rewrite.apply(rewrite.capture(model, *case.inputs(2, 12)), "dyt", verify=False)
     with pytest.raises(RewriteError, match=reason):
         rewrite.graft(program, model)
+
+
+class NormAct(nn.LayerNorm):
+    """A norm with its activation, a spelling of timm's; the first dropout is never called."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.unused = nn.Identity()
+        self.drop = nn.Dropout(0.2)
+        self.act = nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)))
+
+
+def test_a_norm_with_an_activation_becomes_a_sequence(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), NormAct(8))
+    program = converted(model)
+    made = rewrite.graft(program, model)
+    assert [type(m).__name__ for m in made[1]] == ["DynamicTanh", "Dropout", "PReLU"]
+    torch.save(made, tmp_path / "made.pt")
+    again = torch.load(tmp_path / "made.pt", weights_only=False)
+    x = torch.randn(3, 8)
+    assert torch.equal(again.eval()(x), program.module.eval()(x))
