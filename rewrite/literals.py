@@ -95,7 +95,7 @@ class _Follower:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         for ours, theirs in self.partner.items():
             self.inverse.setdefault(theirs, ours)
-        self.casts: dict[tuple[Node, Any, tuple[Any, ...]], Node] = {}
+        self.casts: dict[tuple[Node, Any, Node], Node] = {}
 
     def run(self, other: Graph) -> None:
         named = {(n.op, n.target): n for n in _sources(other)}
@@ -121,8 +121,7 @@ class _Follower:
             base, chain = cast_nodes(value)
             other_base, other_chain = cast_nodes(other)
             merged = self._merged(_dtypes(chain), _dtypes(other_chain))
-            homes = [cast.meta.get("nn_module_stack") or {} for cast in chain or other_chain]
-            return self._cast(base, merged, other_base, node, homes)
+            return self._cast(base, merged, other_base, node, chain or other_chain)
 
         node.args = map_leaves(node.args, change)
         node.kwargs = map_leaves(dict(node.kwargs), change)
@@ -137,17 +136,20 @@ class _Follower:
             return tuple(Follows(a) if self.dtypes.get(a) is b else a for a, b in zip(chain, other, strict=True))
         return tuple(chain)
 
-    def _cast(self, base: Node, chain: tuple[Step, ...], other_base: Node, user: Node, homes: Sequence[Any]) -> Node:
-        """The chain of casts before ``user``, each in the module call (of ``homes``) in which a capture had it."""
+    def _cast(self, base: Node, chain: tuple[Step, ...], other_base: Node, user: Node, models: Sequence[Node]) -> Node:
+        """The chain of casts before ``user``, each one for one of the casts ``models`` of a capture, in its module call.
+
+        Two casts of one value stay two: each rounds its own part of the gradient.
+        """
         value = base
-        for i, dtype in enumerate(chain):
+        for dtype, model in zip(chain, models, strict=True):
             contexts = user.meta.get("contexts", ())
-            key = (value, contexts, chain[:i + 1])
+            key = (value, contexts, model)
             made = self.casts.get(key)
             if made is None:
                 with self.graph.inserting_before(user):
                     made = self._cast_node(value, dtype, other_base)
-                made.meta["nn_module_stack"] = homes[i]
+                made.meta["nn_module_stack"] = model.meta.get("nn_module_stack") or {}
                 if contexts:
                     made.meta["contexts"] = contexts
                 self.casts[key] = made
