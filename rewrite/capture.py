@@ -54,8 +54,8 @@ def from_exported(exported: ExportedProgram) -> Program:
         raise RewriteError("it holds no example inputs: export it again with torch.export.save")
     args, kwargs = exported.example_inputs
     inputs = Inputs(inspect.signature(module.forward), tuple(args), dict(kwargs))
-    specs = (module._out_spec, module._out_spec)
     source = Trace(module, guards=list(getattr(exported, "_guards_code", None) or []))
+    specs = (source.output_spec, source.output_spec)
     skeleton = Skeleton(module)
     graph = prepared(module)
     interface = _interface(inputs, graph, specs, source)
@@ -129,8 +129,8 @@ class _Capture:
     def _lift(self, train: Trace, evaluation: tuple[Trace, bool]) -> LayerGraph:
         skeleton = Skeleton(self.model)
         graph = prepared(train.graph_module)
-        check, recast = prepared(evaluation[0].graph_module), evaluation[1]
-        output_specs = (train.graph_module._out_spec, evaluation[0].graph_module._out_spec)
+        check, recast = self._timed("check", lambda: prepared(evaluation[0].graph_module)), evaluation[1]
+        output_specs = (train.output_spec, evaluation[0].output_spec)
         interface = _interface(self.inputs, graph, output_specs, train)
         self._align(graph, check, recast, skeleton)
         finish(graph, skeleton, self.model, train)
@@ -140,7 +140,7 @@ class _Capture:
 
     def _align(self, graph: Graph, check: Graph, recast: bool, skeleton: Skeleton) -> None:
         """Compare with the check trace: where modes differ make regions, and let dtype literals follow."""
-        alignment = align(graph, check)
+        alignment = self._timed("check", lambda: align(graph, check))
         partner = alignment.partner
         if recast and alignment.chunks and needs_other_graph(alignment):
             native = self._timed("check", self._native_evaluation)

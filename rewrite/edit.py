@@ -39,6 +39,10 @@ class Change:
     new: nn.Module | None = None
 
 
+Fakes = dict[tuple[Any, ...], torch.Tensor]
+"""FakeTensors of one mode, by size, stride, dtype and device."""
+
+
 class Editor:
     """Changes one program on behalf of one pass."""
 
@@ -48,6 +52,7 @@ class Editor:
         self.changes: list[Change] = []
         self.graph = program.graph
         self.holders = holders(program.module)
+        self._fakes: Fakes = {}
 
     def replace_layer(self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None) -> None:
         """Replace the layer at ``path`` by ``layer``, for all its calls or for some.
@@ -118,7 +123,7 @@ class Editor:
 
     def value_of(self, node: Node) -> Any:
         """The FakeTensor value of a node, computed from those of its inputs."""
-        return fake_value(self.program.module, node)
+        return fake_value(self.program.module, node, known=self._fakes)
 
     def _inserted(self, made: Node, near: Node, detail: str, layer: nn.Module | None) -> Node:
         made.meta.update({k: v for k, v in near.meta.items() if k in _KEPT_META and k != "whole"})
@@ -181,8 +186,12 @@ def _shapes(value: Any) -> Any:
     return pytree.tree_map(lambda v: (tuple(str(s) for s in v.shape), v.dtype) if isinstance(v, torch.Tensor) else v, value)
 
 
-def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None = None) -> Any:
-    """What a node computes on FakeTensors: those in ``values``, else the ones that its inputs carry."""
+def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None = None, known: Fakes | None = None) -> Any:
+    """What a node computes on FakeTensors: those in ``values``, else the ones that its inputs carry.
+
+    ``known`` keeps the fakes of parameters from call to call: making them costs as much as the layer.
+    """
+    known = {} if known is None else known
     def fake(source: Node) -> Any:
         return values[source] if values is not None and source in values else source.meta.get("val")
 
@@ -196,11 +205,17 @@ def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None 
         layer = attribute(module, str(node.target))
         if mode is None:
             return layer(*args, **kwargs)
-        state: dict[str, torch.Tensor] = {
-            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-            for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
+        state = {name: _fake(t, known) for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
         with _evaluating(layer):
             return torch.func.functional_call(layer, state, args, kwargs)
+
+
+def _fake(tensor: torch.Tensor, known: Fakes) -> torch.Tensor:
+    """A tensor like this one, made under the current mode."""
+    layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    if layout not in known:
+        known[layout] = torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=layout[3])
+    return known[layout]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .contract import CLOSE, NEW, SAME
-from .edit import Change, fake_value
+from .edit import Change, Fakes, fake_value
 from .errors import RewriteError
 from .exact import ExactArithmetic
 from .graphs import tensor_value
@@ -93,6 +93,7 @@ def _structure(before: Program, after: Program, changes: Sequence[Change]) -> It
 def _check_values(program: Program) -> Check:
     """Propagate FakeTensors anew and compare with the values that the nodes carry."""
     values: dict[Node, Any] = {}
+    known: Fakes = {}
     for node in program.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             values[node] = node.meta.get("val")
@@ -102,7 +103,7 @@ def _check_values(program: Program) -> Check:
                 values[node] = node.meta.get("val")
                 continue
             try:
-                values[node] = fake_value(program.module, node, values)
+                values[node] = fake_value(program.module, node, values, known)
             except Exception:
                 if "provenance" in node.meta:
                     raise

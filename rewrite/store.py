@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .capture import from_exported
 from .codegen import keyword_safe
-from .edit import fake_value
+from .edit import Fakes, fake_value
 from .errors import RewriteError
 from .graphs import attribute
 from .program import Dimension, LayerGraph, Opaque, Origin, Program
@@ -226,6 +226,7 @@ def _revalue(module: LayerGraph, graph: Graph) -> None:
 
 
 def _propagate(module: LayerGraph, graph: Graph, mode: FakeTensorMode, symbols: dict[str, torch.SymInt]) -> None:
+    known: Fakes = {}
     for node in graph.nodes:
         written = node.meta.pop("file_value", None)
         if node.op == "placeholder":
@@ -236,7 +237,7 @@ def _propagate(module: LayerGraph, graph: Graph, mode: FakeTensorMode, symbols: 
                 node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
         elif node.op != "output":
             try:
-                node.meta["val"] = fake_value(module, node)
+                node.meta["val"] = fake_value(module, node, known=known)
             except Exception:  # operators that dynamic sizes defeat, as recurrent ones do: the example's sizes then
                 if written is None:
                     raise

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -50,6 +51,13 @@ class Trace:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
+
+    @property
+    def output_spec(self) -> pytree.TreeSpec:
+        """The containers of the output, whose leaves the graph returns."""
+        codegen: Any = self.graph_module.graph._codegen
+        found: pytree.TreeSpec = codegen.pytree_info.out_spec
+        return found
 
 
 def bind_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Inputs:
@@ -129,7 +137,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             with quiet(), keyword_safe(), seen_as(view), recorded_functions(notes) as functions:
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic,
                                                strict=False)
-                graph_module = exported.module(check_guards=False)
+                graph_module = _unlifted(exported)
         except Exception as error:
             errors.append(error)
             continue
@@ -137,6 +145,17 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             notes.append(f"dynamic sizes reduced: {_first_line(errors[2])}")
         return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
+
+
+def _unlifted(exported: ExportedProgram) -> GraphModule:
+    """The export as a module whose graph reads parameters by name; it has no code: its graph is read, it is not run."""
+    with mock.patch.object(GraphModule, "recompile", return_value=None):
+        made = exported.module(check_guards=False)
+    assert isinstance(made, GraphModule)
+    for part in made.modules():
+        if isinstance(part, GraphModule) and part is not made:
+            part.recompile()  # the body of an operator, which is run
+    return made
 
 
 def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
