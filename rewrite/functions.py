@@ -30,6 +30,9 @@ class FunctionCall:
     output_constants: tuple[Any, ...] = ()
     output_places: tuple[int, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionCall:
+        return self  # nothing changes it after the trace
+
     def arguments(self, tensors: list[torch.Tensor]) -> Any:
         leaves = list(self.constants)
         for place, tensor in zip(self.tensor_places, tensors, strict=True):

@@ -399,34 +399,31 @@ def test_parameter_of_a_spelled_norm_may_have_any_name(name: str) -> None:
     assert agrees(program, model, torch.randn(3, DIM))
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "recompile"])
+class Named(nn.Module):
+    """A linear layer under a name of one's choice."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Linear(DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = getattr(self, self.name)(x)
+        return found
+
+
+@pytest.mark.parametrize("name", ["graph", "code"])
 def test_child_named_as_an_attribute_of_torch_fx_is_refused_by_torch_export(name: str) -> None:
     """torch.export's own GraphModule breaks on these names at the root; below it they are fine."""
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_module(name, nn.Linear(DIM, DIM))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return getattr(self, name)(x)
-
     with pytest.raises(RewriteError, match="cannot capture Named"):
-        capture(Named(), (torch.randn(2, DIM),))
-    model = nn.Sequential(Named())
+        capture(Named(name), (torch.randn(2, DIM),))
+    model = nn.Sequential(Named(name))
     assert agrees(capture(model, (torch.randn(2, DIM),)), model, torch.randn(3, DIM))
 
 
-@pytest.mark.parametrize("name", ["interface", "adopt", "layers", "program"])
+@pytest.mark.parametrize("name", ["interface", "adopt", "layers", "program", "recompile"])
 def test_child_may_have_any_name(name: str) -> None:
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_module(name, nn.Linear(DIM, DIM))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return getattr(self, name)(x)
-
-    for model, path in ((Named(), name), (nn.Sequential(Named()), f"0.{name}")):
+    for model, path in ((Named(name), name), (nn.Sequential(Named(name)), f"0.{name}")):
         program = capture(model, (torch.randn(2, DIM),))
         assert list(layers(program)) == [path]
         assert agrees(program, model, torch.randn(3, DIM))
