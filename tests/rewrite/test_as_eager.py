@@ -55,6 +55,28 @@ class Branches(nn.Module):
         return x * self.weight if question() else x
 
 
+class SkipsFullMasks(nn.Module):
+    """Skips a mask that masks nothing, where it may look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        seen = not torch.compiler.is_compiling() and not isinstance(mask, torch._subclasses.FakeTensor)
+        return self.linear(x) if seen and bool(mask.all()) else self.linear(x * mask.unsqueeze(-1))
+
+
+def test_a_mask_that_is_an_input_keeps_its_meaning() -> None:
+    model = SkipsFullMasks()
+    x, ones = torch.randn(2, 6, 4), torch.ones(2, 6)
+    program = capture(model, (x, ones))
+    padded = ones.clone()
+    padded[1, 3:] = 0
+    for mask in (ones, padded):
+        assert torch.equal(program.module(x, mask), model(x, mask))
+
+
 def test_a_branch_that_follows_from_sizes_is_taken() -> None:
     model = Packed()
     program = capture(model, (torch.randn(2, 6, 4),))
