@@ -98,7 +98,10 @@ def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
 
 
 def _children_after(call: Node) -> tuple[str, ...] | None:
-    """The names of the children that follow a layer, one on the other, in its module's call; None if there is more."""
+    """The names of the children that follow a layer, one on the other, in its module's call; None if there is more.
+
+    A child that is called twice is more: a sequence has one place for it.
+    """
     key, path = module_key(call), str(call.target)
     chain = [call]
     while len(chain[-1].users) == 1:
@@ -107,7 +110,8 @@ def _children_after(call: Node) -> tuple[str, ...] | None:
             break
         chain.append(user)
     inside = [n for n in call.graph.nodes if any(key == k for k, _, _ in module_stack(n))]
-    return tuple(str(n.target).rpartition(".")[2] for n in chain[1:]) if set(inside) == set(chain) else None
+    names = tuple(str(n.target).rpartition(".")[2] for n in chain[1:])
+    return names if set(inside) == set(chain) and len(set(names)) == len(names) else None
 
 
 def _followed(layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:

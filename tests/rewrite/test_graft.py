@@ -90,3 +90,14 @@ def test_a_norm_with_an_activation_becomes_a_sequence(tmp_path: Path) -> None:
     again = torch.load(tmp_path / "made.pt", weights_only=False)
     x = torch.randn(3, 8)
     assert torch.equal(again.eval()(x), program.module.eval()(x))
+
+
+class NormActAct(NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_child_that_is_called_twice_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), NormActAct(8))
+    with pytest.raises(RewriteError, match="1 is a NormActAct, which does more"):
+        rewrite.graft(converted(model), model)
