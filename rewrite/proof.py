@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,12 @@ from torch.utils import _pytree as pytree
 from .contract import CLOSE, NEW, SAME
 from .edit import Change, Fakes, fake_value
 from .errors import RewriteError
-from .exact import ExactArithmetic
+from .formula import formula_error
 from .graphs import tensor_value
 from .pass_ import Pass
 from .program import LayerGraph, Program
 from .report import Check, Verification
-from .verify import TOLERANCE, Difference, Mode, difference, relative_error, run
+from .verify import TOLERANCE, Difference, Mode, difference, run
 
 Rerun = Callable[..., tuple[Program, Any]]
 _MODES: tuple[Mode, ...] = ("eval", "train")
@@ -243,47 +242,10 @@ def _formula(after: Program, changes: Sequence[Change], step: Pass, args: Any, k
     for change in changes:
         if change.new is None:
             continue
-        error = _formula_error(step, change, recorded[change.path])
+        error = formula_error(step, change, recorded[change.path])
         if error >= worst:
             worst, where = error, change.path
     yield Check("formula", worst <= TOLERANCE, f"{len(recorded)} layers, worst at {where}", worst)
-
-
-def _formula_error(step: Pass, change: Change, recorded: tuple[torch.Tensor, ...]) -> float:
-    """The largest relative error of outputs and gradients, on the recorded inputs and on normal ones.
-
-    A gradient counts relative to the larger of the two: where a layer is saturated its gradient is rounding alone.
-    """
-    assert change.new is not None
-    layer = copy.deepcopy(change.new).double().eval()
-    wide = tuple(t.detach().double() if t.is_floating_point() else t for t in recorded)
-    generator = torch.Generator().manual_seed(0)
-    normal = tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) if t.is_floating_point() else t
-                   for t in wide)
-    errors: list[float] = []
-    gradients: list[tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor | None, ...]]] = []
-    for inputs in (wide, normal):
-        variables = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
-        with ExactArithmetic():
-            got = layer(*variables)
-        wanted = step.reference(change.old, layer, *variables)
-        errors.append(relative_error(wanted, got))
-        weights = torch.randn(got.shape, generator=generator, dtype=torch.float64).to(got.device)
-        sources = [t for t in [*variables, *layer.parameters()] if t.requires_grad]
-        left, right = (torch.autograd.grad((value * weights).sum(), sources, allow_unused=True) for value in (got, wanted))
-        gradients.append((left, right))
-    for left, right in zip(*(zip(*pair, strict=True) for pair in gradients), strict=True):
-        errors.append(_joint_error(left, right))
-    return max(errors)
-
-
-def _joint_error(pair: tuple[torch.Tensor | None, ...], other: tuple[torch.Tensor | None, ...]) -> float:
-    """The relative error of one gradient over two runs, each given as (got, wanted)."""
-    got, wanted = zip(pair, other, strict=True)
-    if any((g is None) != (w is None) for g, w in zip(got, wanted, strict=True)):
-        return math.inf
-    joined = [torch.cat([t.reshape(-1) for t in tensors if t is not None] or [torch.zeros(0)]) for tensors in (wanted, got)]
-    return relative_error(*joined)
 
 
 def record_inputs(program: Program, paths: set[str], args: Any, kwargs: Any, seed: int
