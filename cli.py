@@ -9,7 +9,7 @@ if find_spec("rewrite.passes") is None or not entry_points(group="rewrite.passes
     print("rewrite is not installed: run `python -m pip install -e .` in its folder first", file=sys.stderr)
     sys.exit(2)
 
-from rewrite.commands import main
+from rewrite.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from rewrite.program import LayerGraph, Program
+    from rewrite.graph.program import LayerGraph, Program
 
 
 class Inference:

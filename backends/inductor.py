@@ -9,7 +9,7 @@ import torch
 from .eager import Inference, evaluated
 
 if TYPE_CHECKING:
-    from rewrite.program import Program
+    from rewrite.graph.program import Program
 
 
 def lower(program: Program, *, dynamic: bool | None = None, mode: str | None = None) -> Inference:

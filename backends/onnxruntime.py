@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rewrite.backends.onnx.export import check, need, reason, write
+from rewrite.backends.onnx.session import CPU, CUDA, Session
 from rewrite.errors import RewriteError
-
-from .flat import flat_outputs
-from .onnx import check, need, reason, write
-from .session import CPU, CUDA, Session
+from rewrite.lowering.flat import flat_outputs
 
 if TYPE_CHECKING:
-    from rewrite.program import Program
+    from rewrite.graph.program import Program
 
 _SHORT = {"cpu": CPU, "cuda": CUDA}
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.export import Dim
 
 import rewrite
-from rewrite.compat import mend_torchvision
+from rewrite.sources.compat import mend_torchvision
 
 WALL = time.perf_counter
 time.perf_counter = time.process_time  # type: ignore[assignment]  # the engine's own timings become CPU seconds too
@@ -112,7 +112,7 @@ def growth(rounds: int) -> None:
 
 
 def help_time(rounds: int) -> None:
-    command = [sys.executable, "-m", "rewrite.commands", "--help"]
+    command = [sys.executable, "-m", "rewrite", "--help"]
     found = []
     for _ in range(rounds + 1):
         began = WALL()

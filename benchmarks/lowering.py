@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import rewrite
-from rewrite.program import Program
-from rewrite.verify import relative_error
+from rewrite.graph.program import Program
+from rewrite.numerics.compare import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.models.zoo import Case, timm_case, transformers_case

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import rewrite
-from rewrite.verify import clone, relative_error
+from rewrite.numerics.compare import clone, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 STEPS = ("capture", "eval", "train", "other size", "dyt", "save", "load", "graft", "step", "bfloat16", "double", "meta")

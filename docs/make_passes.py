@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rewrite import Pass, get_pass, pass_names
-from rewrite.pass_ import OptionDescription, describe
+from rewrite.pipeline.pass_ import OptionDescription, describe
 
 PAGE = Path(__file__).with_name("passes.md")
 TOP = """\

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rewrite.compat import mend_torchvision
+from rewrite.sources.compat import mend_torchvision
 
 
 def main() -> None:

@@ -9,33 +9,37 @@ Importing this package imports neither torch nor the rest of it: each public nam
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .capture import capture
-    from .contract import Contract
     from .errors import RewriteError
-    from .graft import graft
-    from .lower import export_onnx, lower
-    from .pass_ import Pass
-    from .pipeline import apply
-    from .program import Program
-    from .registry import get_pass, pass_names
-    from .select import Selector
-    from .store import load, save
-    from .verify import verify
+    from .files.store import load, save
+    from .frontend.capture import capture
+    from .graph.program import Program
+    from .lowering.graft import graft
+    from .lowering.lower import export_onnx, lower
+    from .numerics.compare import verify
+    from .pipeline.pass_ import Pass, option
+    from .pipeline.registry import get_pass, pass_names
+    from .pipeline.run import apply
+    from .pipeline.select import Selector
+    from .proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
+    from .proof.prove import VerificationError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLOSE",
+    "ESTIMATE",
+    "NEW",
+    "SAME",
     "Contract",
     "Pass",
     "Program",
     "RewriteError",
     "Selector",
+    "VerificationError",
     "apply",
     "capture",
     "export_onnx",
@@ -43,51 +47,37 @@ __all__ = [
     "graft",
     "load",
     "lower",
+    "option",
     "pass_names",
     "save",
     "verify",
 ]
 
-_HOME = {
-    "Contract": "contract",
-    "Pass": "pass_",
-    "Program": "program",
-    "RewriteError": "errors",
-    "Selector": "select",
-    "apply": "pipeline",
-    "capture": "capture",
-    "export_onnx": "lower",
-    "get_pass": "registry",
-    "graft": "graft",
-    "load": "store",
-    "lower": "lower",
-    "pass_names": "registry",
-    "save": "store",
-    "verify": "verify",
+_HOMES = {
+    "errors": ["RewriteError"],
+    "files.store": ["load", "save"],
+    "frontend.capture": ["capture"],
+    "graph.program": ["Program"],
+    "lowering.graft": ["graft"],
+    "lowering.lower": ["export_onnx", "lower"],
+    "numerics.compare": ["verify"],
+    "pipeline.pass_": ["Pass", "option"],
+    "pipeline.registry": ["get_pass", "pass_names"],
+    "pipeline.run": ["apply"],
+    "pipeline.select": ["Selector"],
+    "proof.contract": ["CLOSE", "ESTIMATE", "NEW", "SAME", "Contract"],
+    "proof.prove": ["VerificationError"],
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
-class _Package(ModuleType):
-    """Loads public names at their first use, and keeps them.
-
-    Importing a submodule sets it as an attribute of its package. For `rewrite.capture` and others named after
-    their one function, the attribute stays the function; `from rewrite.capture import ...` and `sys.modules`
-    reach the module all the same.
-    """
-
-    def __getattr__(self, name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value: object = getattr(import_module(f"{self.__name__}.{_HOME[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewrite import Program, capture
+from rewrite import Program
+from rewrite.frontend import capture
 
 from .models import stress, zoo
 from .models.zoo import Case

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from rewrite.compat import mend_torchvision
+from rewrite.sources.compat import mend_torchvision
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 

@@ -69,7 +69,9 @@ def test_signatures_only_grow(name: str) -> None:
 
 
 def test_functions_and_classes_are_all() -> None:
-    assert set(rewrite.__all__) == {*SIGNATURES, "Contract", "Pass", "Program", "RewriteError", "Selector"}
+    promises = {"SAME", "CLOSE", "NEW", "ESTIMATE"}
+    classes = {"Contract", "Pass", "Program", "RewriteError", "Selector", "VerificationError"}
+    assert set(rewrite.__all__) == {*SIGNATURES, *classes, *promises, "option"}
     assert issubclass(rewrite.RewriteError, Exception)
     assert RewriteError is rewrite.RewriteError
 

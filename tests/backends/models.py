@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
 import rewrite
-from rewrite.program import Program
-from rewrite.verify import relative_error
+from rewrite.graph.program import Program
+from rewrite.numerics.compare import relative_error
 
 
 class Mlp(nn.Module):

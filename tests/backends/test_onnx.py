@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from rewrite.backends import onnx as backend
-from rewrite.program import Program
+from rewrite.backends.onnx import export as backend
+from rewrite.graph.program import Program
 from tests.backends.models import Outputs, mlp, tokens, transformer
 
 

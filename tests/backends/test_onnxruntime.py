@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rewrite
 from rewrite.backends import onnxruntime as backend
-from rewrite.backends import session
+from rewrite.backends.onnx import session
 from tests.backends.models import Mlp, Outputs, Transformer, error, mlp, tokens, transformer
 
 # measured: 1e-7 to 3e-7 on these, relative to the largest value of an output

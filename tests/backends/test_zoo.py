@@ -11,8 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import rewrite
-from rewrite.program import Program
-from rewrite.verify import relative_error
+from rewrite.graph.program import Program
+from rewrite.numerics.compare import relative_error
 from tests.models.zoo import Case, development_cases
 
 CASES = {case.name: case for case in development_cases()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewrite.compat import mend_torchvision
+from rewrite.sources.compat import mend_torchvision
 
 Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
 

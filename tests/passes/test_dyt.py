@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, RewriteError, apply, capture
-from rewrite.passes.dyt import DynamicTanh, DyT
+from rewrite import Program, RewriteError, apply
+from rewrite.frontend import capture
+from rewrite.passes.normalization.dyt import DynamicTanh, DyT
 from tests.compare import CAPTURED, captured, case
 from tests.models import stress
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rewrite import Contract, Pass, Selector
-from rewrite.contract import SAME
-from rewrite.pass_ import option
+from rewrite.pipeline.pass_ import option
+from rewrite.proof.contract import SAME
 
 if TYPE_CHECKING:
-    from rewrite.pipeline import Context
-    from rewrite.program import Program
+    from rewrite.graph.program import Program
+    from rewrite.pipeline.run import Context
 
 
 @dataclass(frozen=True)

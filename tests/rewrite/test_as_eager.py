@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from rewrite import RewriteError, capture
+from rewrite import RewriteError
+from rewrite.frontend import capture
 
 
 class Packed(nn.Module):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import RewriteError, capture
-from rewrite.layers import ScaledDotProductAttention
+from rewrite import RewriteError
+from rewrite.frontend import capture
+from rewrite.graph.layers import ScaledDotProductAttention
 from tests.compare import (
     CAPTURED,
     OTHER,

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rewrite import Program, capture
-from rewrite.verify import clone
+from rewrite import Program
+from rewrite.frontend import capture
+from rewrite.numerics.compare import clone
 from tests.compare import CAPTURED, OTHER, Observed, captured, case, differences, model_of, observe
 from tests.models import stress, zoo
 

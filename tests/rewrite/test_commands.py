@@ -21,12 +21,12 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import rewrite
-from rewrite import registry
-from rewrite.commands import app
-from rewrite.contract import SAME, Contract
+from rewrite.cli.commands import app
 from rewrite.errors import RewriteError
-from rewrite.output import plan
-from rewrite.pass_ import Pass, describe
+from rewrite.files.writers import plan
+from rewrite.pipeline import registry
+from rewrite.pipeline.pass_ import Pass, describe
+from rewrite.proof.contract import SAME, Contract
 
 ROOT = Path(__file__).parents[2]
 MLP_INPUTS = ("--inputs", "2x8")
@@ -426,7 +426,7 @@ def test_mistakes_are_told_before_any_work(model: Path, tmp_path: Path, monkeypa
     def work(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr("rewrite.sources.read_model", work)
+    monkeypatch.setattr("rewrite.sources.models.read_model", work)
     before = contents(tmp_path)
     assert expected in fails("apply", model, *arguments)
     assert changed_files(tmp_path, before) == set()
@@ -550,7 +550,7 @@ def test_export_writes_no_modules(model: Path) -> None:
 
 def test_help_imports_no_torch() -> None:
     code = ("import sys; sys.argv = ['rewrite', 'apply', '--help']\n"
-            "from rewrite.commands import main\n"
+            "from rewrite.cli.commands import main\n"
             "try: main()\n"
             "except SystemExit as e: print(e.code, 'torch' in sys.modules, 'numpy' in sys.modules)")
     text = fresh(code, ROOT)
@@ -558,7 +558,7 @@ def test_help_imports_no_torch() -> None:
     assert "--trust-pickle" in text
 
 
-@pytest.mark.parametrize("command", [["cli.py"], ["-m", "rewrite.commands"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["cli.py"], ["-m", "rewrite"]], ids=" ".join)
 def test_the_ways_to_start_it(command: list[str]) -> None:
     words = [sys.executable, *command, "--version"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite import Program, RewriteError, capture
-from rewrite.edit import Editor
-from rewrite.graphs import aten, module_path
+from rewrite import Program, RewriteError
+from rewrite.frontend import capture
+from rewrite.graph.edit import Editor
+from rewrite.graph.nodes import aten, module_path
 
 DIM = 8
 

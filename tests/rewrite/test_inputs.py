@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.errors import RewriteError
-from rewrite.inputs import infer_inputs, parse_inputs
+from rewrite.sources.inputs import infer_inputs, parse_inputs
 
 # ---- inferred --------------------------------------------------------------------------------------------
 

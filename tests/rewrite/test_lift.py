@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from rewrite import Program, RewriteError, capture
-from rewrite.composites import SpelledActivation, SpelledNorm
-from rewrite.graphs import aten, packet
-from rewrite.layers import ModalOperator, ScaledDotProductAttention
-from rewrite.norms import norms
+from rewrite import Program, RewriteError
+from rewrite.analysis.norms import norms
+from rewrite.frontend import capture
+from rewrite.frontend.composites import SpelledActivation, SpelledNorm
+from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention
+from rewrite.graph.nodes import aten, packet
 from tests.compare import captured, case, differences, model_of, observe
 from tests.models import stress
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rewrite
-from rewrite.program import Program
+from rewrite.graph.program import Program
 
 
 @pytest.fixture(scope="module")

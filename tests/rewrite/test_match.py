@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite import Program, capture, match
-from rewrite.edit import Editor
-from rewrite.graphs import aten
-from rewrite.match import Call, Layer, Match, Rule, Var, apply_rules, find
-from rewrite.pipeline import Context
+from rewrite import Program
+from rewrite.analysis import match
+from rewrite.analysis.match import Call, Layer, Match, Rule, Var, apply_rules, find
+from rewrite.frontend import capture
+from rewrite.graph.edit import Editor
+from rewrite.graph.nodes import aten
+from rewrite.pipeline.run import Context
 
 DIM = 8
 

@@ -106,7 +106,7 @@ def test_the_wheel_is_whole_where_nothing_else_is(wheel: Path, tmp_path: Path) -
 @pytest.mark.parametrize("cwd", [ROOT, Path("/")])
 def test_the_command_line_starts_in_three_ways(cwd: Path) -> None:
     installed = Path(sys.executable).with_name("rewrite")
-    for start in ([sys.executable, ROOT / "cli.py"], [installed], [sys.executable, "-m", "rewrite.commands"]):
+    for start in ([sys.executable, ROOT / "cli.py"], [installed], [sys.executable, "-m", "rewrite"]):
         assert "dyt" in run(*start, "passes", cwd=cwd)
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewrite.errors import OptionError, RewriteError
-from rewrite.pass_ import OptionDescription, Pass, describe, option
-from rewrite.select import Selector
-from rewrite.text import parse
+from rewrite.pipeline.pass_ import OptionDescription, Pass, describe, option
+from rewrite.pipeline.select import Selector
+from rewrite.pipeline.text import parse
 
 
 class Round(enum.Enum):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewrite.errors import RewriteError
-from rewrite.pickles import load_module
+from rewrite.sources.pickles import load_module
 
 # ---- pickles by hand -------------------------------------------------------------------------------------
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Contract, Pass, Program, apply, capture
-from rewrite.contract import CLOSE, NEW, SAME
-from rewrite.graphs import aten
-from rewrite.pipeline import Context
-from rewrite.proof import VerificationError, fresh_inputs, perturbed, same_bytes
-from rewrite.registry import as_passes
+from rewrite import Contract, Pass, Program, apply
+from rewrite.frontend import capture
+from rewrite.graph.nodes import aten
+from rewrite.pipeline.registry import as_passes
+from rewrite.pipeline.run import Context
+from rewrite.proof.contract import CLOSE, NEW, SAME
+from rewrite.proof.prove import VerificationError, fresh_inputs, perturbed, same_bytes
 from tests.compare import bytes_of, captured, outline, untouched
 
 DIM = 8

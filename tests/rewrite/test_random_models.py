@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from rewrite import capture
-from rewrite.verify import clone
+from rewrite.frontend import capture
+from rewrite.numerics.compare import clone
 from tests.compare import differences, observe
 
 DIM, LENGTH = 8, 5

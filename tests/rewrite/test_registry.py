@@ -10,17 +10,10 @@ from pathlib import Path
 import pytest
 
 import rewrite
-from rewrite import registry
 from rewrite.errors import PipelineError, RewriteError
-from rewrite.pass_ import Pass
-from rewrite.registry import (
-    as_passes,
-    backend_names,
-    get_backend,
-    get_pass,
-    parse_pipeline,
-    pass_names,
-)
+from rewrite.pipeline import registry
+from rewrite.pipeline.pass_ import Pass
+from rewrite.pipeline.registry import as_passes, backend_names, get_backend, get_pass, parse_pipeline, pass_names
 
 Install = Callable[..., None]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewrite.errors import RewriteError
-from rewrite.select import Selector
+from rewrite.pipeline.select import Selector
 
 NORM = ("LayerNorm", "LayerNorm2d", "timm.layers.norm.LayerNorm2d")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
-from rewrite.sources import load_weights, read_model
+from rewrite.sources.models import load_weights, read_model
 
 
 def fails(spec: str, match: str, **options: Any) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, apply, capture
-from rewrite.norms import norms
-from rewrite.structure import post_norms, residual_adds
+from rewrite import Program, apply
+from rewrite.analysis.norms import norms
+from rewrite.analysis.streams import post_norms, residual_adds
+from rewrite.frontend import capture
 from tests.compare import captured
 
 DIM = 8

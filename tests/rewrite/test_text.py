@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rewrite.errors import PipelineError, RewriteError
-from rewrite.text import Element, parse, print_pipeline
+from rewrite.pipeline.text import Element, parse, print_pipeline
 
 names = st.from_regex(r"[A-Za-z_][\w.-]*", fullmatch=True)
 options = st.lists(st.tuples(names, st.text()), unique_by=lambda pair: pair[0]).map(tuple)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import RewriteError, apply, capture, verify
-from rewrite.verify import relative_error
+from rewrite import RewriteError, apply
+from rewrite.frontend import capture
+from rewrite.numerics import compare as verify
+from rewrite.numerics.compare import relative_error
 from tests.compare import CAPTURED, captured, case, model_of
 
 DIM = 8

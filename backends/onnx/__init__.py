@@ -1,0 +1,1 @@
+"""ONNX: conversion, the check of what was written, sessions of ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""Replace, place and fold normalization layers."""

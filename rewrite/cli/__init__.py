@@ -1,0 +1,1 @@
+"""The command line: commands, the job they share, what they print, progress."""

@@ -1,0 +1,216 @@
+"""The command line: it parses, calls the engine and prints.
+
+Everything that costs time is imported inside the commands, so that `rewrite --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rewrite import __version__
+from rewrite.errors import RewriteError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .job import Job
+    from .progress import Steps
+
+MODEL_HELP = "A .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory."
+
+
+class Commands(TyperGroup):
+    """Prints what the user can mend as one line, and exits 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RewriteError as error:
+            typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: nothing is written", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Passes = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="TEXT", show_default=False,
+                                           help="A pass, such as dyt{alpha=0.8}; repeat for several.")]
+Pipeline = Annotated[str, typer.Option(metavar="TEXT", show_default=False,
+                                       help="All passes in one text, separated by commas.")]
+Inputs = Annotated[list[str] | None, typer.Option(metavar="SPEC", show_default=False,
+                                           help="Example inputs: 2x3x224x224, input_ids=int64[2,16;0..100], or a .pt "
+                                                "file; inferred where the model tells.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="A state_dict or .safetensors to load first.",
+                                              show_default=False)]
+Data = Annotated[Path | None, typer.Option(metavar="FILE", show_default=False,
+                                           help="Samples for passes that ask for data, saved by torch.save.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seeds inputs, random weights and the proof.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not prove what the passes promise.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run whatever code a pickle or folder holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True,
+                                          callback=_print_version)] = False,
+) -> None:
+    """A compiler for model surgery: named, checked rewrites of PyTorch models."""
+
+
+@app.command()
+def apply(
+    model: ModelName,
+    passes: Passes = None,
+    pipeline: Pipeline = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", show_default=False,
+                                                help="A .pt, .pt2, .onnx or .safetensors file; by default "
+                                                     "model.pt becomes model.PASS.pt.")] = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    data: Data = None,
+    seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write no model.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write what happened as JSON.",
+                                                show_default=False)] = None,
+    no_verify: NoVerify = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Run passes over a model, prove what they promise, and write the result."""
+    from .job import Job, Model
+
+    texts = _pass_texts(passes or [], pipeline)
+    if not texts:
+        raise RewriteError("no pass is given: add --pass NAME; rewrite passes lists them")
+    source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+    _run(Job(source, texts, output, data, not no_verify, dry_run, report))
+
+
+@app.command()
+def passes(name: Annotated[str, typer.Argument(help="A pass to tell about.", show_default=False)] = "",
+           as_json: AsJson = False) -> None:
+    """List the passes, or tell what one does, promises and takes."""
+    from rewrite.pipeline.registry import pass_names
+
+    found: Any = _described(name) if name else [_described_or_refused(each) for each in pass_names()]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from .render import show_pass, show_passes
+
+    (show_pass if name else show_passes)(_console(), found)
+
+
+@app.command()
+def show(model: ModelName, inputs: Inputs = None, weights: Weights = None, seed: Seed = 0,
+         trust_pickle: TrustPickle = False) -> None:
+    """Show what passes see of a model: inputs, layers, norms, and the parts they cannot see into."""
+    from .job import Model
+    from .render import show_program
+
+    with _steps() as steps:
+        source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+        program, _ = source.read(steps)
+    show_program(_console(), program, captured=not source.is_program)
+
+
+@app.command()
+def export(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="An .onnx or .pt2 file.",
+                                         show_default=False)],
+    passes: Passes = None,
+    pipeline: Pipeline = "",
+    inputs: Inputs = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+    no_verify: NoVerify = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Write a model for another runtime, after passes if any are given."""
+    from .job import Job, Model
+
+    if output.suffix not in (".onnx", ".pt2"):
+        raise RewriteError(f"cannot export to {output}: give an .onnx or .pt2 file; rewrite apply writes the others")
+    source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+    _run(Job(source, _pass_texts(passes or [], pipeline), output, verify=not no_verify))
+
+
+def _pass_texts(passes: list[str], pipeline: str) -> tuple[str, ...]:
+    """The texts of `--pass`, one element each, or that of `--pipeline`."""
+    from rewrite.pipeline.text import parse
+
+    if passes and pipeline:
+        raise RewriteError("--pass and --pipeline are two ways to say the same: give one of them")
+    for text in passes:
+        if len(parse(text)) != 1:
+            raise RewriteError(f"--pass takes one pass, not {text!r}: repeat it, or use --pipeline")
+    return tuple(passes) or ((pipeline,) if pipeline else ())
+
+
+def _run(job: Job) -> None:
+    with _steps() as steps:
+        outcome = job.run(steps)
+    from .render import show_outcome
+
+    show_outcome(_console(), outcome)
+
+
+def _described(name: str) -> dict[str, Any]:
+    """All that is told of a pass, in words and as JSON: its documentation, its promises, its options."""
+    from rewrite.pipeline.pass_ import describe
+    from rewrite.pipeline.registry import get_pass
+
+    found = get_pass(name)
+    contract = found().contract()
+    promises = {"forward": contract.forward.value, "backward": contract.backward.value}
+    return {**dataclasses.asdict(describe(found)), "contract": promises}
+
+
+def _described_or_refused(name: str) -> dict[str, Any]:
+    try:
+        return _described(name)
+    except RewriteError as error:  # one broken package must not hide the others' passes
+        return {"name": name, "error": str(error)}
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _steps() -> Steps:
+    from .progress import Steps
+
+    return Steps(_console(stderr=True))
+
+
+def main() -> None:
+    """The program `rewrite`."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, about each other; ours are in the report
+    app(prog_name="rewrite")
+
+
+if __name__ == "__main__":
+    main()

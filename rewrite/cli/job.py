@@ -1,0 +1,215 @@
+"""One run of the command line, from the name of a model to the file written, and its report as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewrite import __version__
+from rewrite.errors import RewriteError
+from rewrite.files.staging import Staging
+from rewrite.files.writers import Plan, Written, check_free, plan, write
+from rewrite.pipeline.text import parse
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rewrite.graph.history import Record
+    from rewrite.graph.program import Program
+    from rewrite.pipeline.run import Listener
+
+FILES = (".pt", ".pth", ".bin", ".pt2", ".safetensors")
+_LIBRARIES = ("torch", "timm", "transformers", "onnx")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What to work on: its name, and what is needed to read and capture it."""
+
+    spec: str
+    inputs: tuple[str, ...] = ()
+    weights: Path | None = None
+    trust: bool = False
+    seed: int = 0
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it is a `.pt2`, which is no module and carries its own weights and example inputs."""
+        return Path(self.spec).suffix == ".pt2"
+
+    def check(self) -> None:
+        """Raises RewriteError for options that do not go together, and files that are not there."""
+        for given, flag in ((self.inputs, "--inputs"), (self.weights, "--weights")):
+            if self.is_program and given:
+                raise RewriteError(f"{flag} does not go with {self.spec}: a .pt2 carries its own")
+        for path in (Path(self.spec), self.weights):
+            if path is not None and path.suffix in FILES and not path.exists():
+                raise RewriteError(f"there is no file {path}")
+
+    def read(self, listener: Listener) -> tuple[Program, nn.Module | None]:
+        """The program, and the module that it was captured from: None for a `.pt2`.
+
+        Raises RewriteError when the model cannot be read or captured.
+        """
+        self.check()
+        listener(f"reading {self.spec}")
+        if self.is_program:
+            from rewrite.files.store import load
+
+            return load(Path(self.spec)), None
+        import torch
+
+        from rewrite.frontend.capture import capture
+        from rewrite.sources.inputs import infer_inputs, parse_inputs
+        from rewrite.sources.models import read_model
+
+        torch.manual_seed(self.seed)  # what is built here has random weights
+        model = read_model(self.spec, weights=self.weights, trust=self.trust).model
+        args, kwargs = parse_inputs(self.inputs, seed=self.seed) if self.inputs else infer_inputs(model, seed=self.seed)
+        listener(f"capturing {type(model).__name__}")
+        return capture(model, args, kwargs), model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, the passes to run on it as texts of one or more elements, and where the result and report go."""
+
+    model: Model
+    passes: tuple[str, ...]
+    output: Path | None = None
+    data: Path | None = None
+    verify: bool = True
+    dry_run: bool = False
+    report: Path | None = None
+
+    def run(self, listener: Listener) -> Outcome:
+        """Do it all, and tell the listener each step.
+
+        The files are written together at the end, or, after any failure, not at all.
+
+        Raises RewriteError for whatever the user can mend. Names and texts are checked before any work begins.
+        """
+        began = time.perf_counter()
+        target = self.plan()
+        listener("reading the passes")
+        from rewrite.pipeline.registry import as_passes
+
+        chain = as_passes(self.passes)
+        data, digest = _read_data(self.data)
+        program, model = self.model.read(listener)
+        from rewrite.pipeline.run import apply
+
+        earlier = len(program.history)
+        result = apply(program, chain, seed=self.model.seed, verify=self.verify, data=data, listener=listener)
+        with Staging() as reports, Staging(rehearsal=self.dry_run) as staging:
+            listener(f"writing {target.path}")
+            written = write(result, model, target, staging)
+            outcome = Outcome(self, program, result, earlier, digest, time.perf_counter() - began, written)
+            if self.report is not None:
+                reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
+        return outcome
+
+    def plan(self) -> Plan:
+        """Where the result goes, once everything that can be checked before any work is in order."""
+        self.model.check()
+        names = [element.name for text in self.passes for element in parse(text)]
+        read = [path for path in (self.model.weights, self.data, *map(Path, self.model.inputs)) if path]
+        target = plan(self.model.spec, names, self.output, read)
+        if self.report is not None:
+            check_free(self.report, [Path(self.model.spec), *read])
+            if self.report.absolute() == target.path.absolute():
+                raise RewriteError(f"--report and --output are both {self.report}")
+        return target
+
+
+def parameter_count(program: Program) -> int:
+    """How many numbers the program's parameters hold, tied ones once."""
+    return sum(parameter.numel() for parameter in program.module.parameters())
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, Python, and the libraries that were imported."""
+    loaded = {name: sys.modules.get(name) for name in _LIBRARIES}
+    libraries = {name: str(getattr(module, "__version__", "")) for name, module in loaded.items() if module}
+    return {"rewrite": __version__, "python": platform.python_version(), **libraries}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job did: the program before and after, what was written where, or would be without `--dry-run`."""
+
+    job: Job
+    before: Program
+    program: Program
+    earlier: int
+    data_sha256: str | None
+    seconds: float
+    written: Written
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What the passes of this job did; the program's history may begin before it."""
+        return self.program.history[self.earlier:]
+
+    def to_json(self) -> str:
+        """The report: where everything came from, what capture saw, a record for each pass, where the result is."""
+        model, origin = self.job.model, self.program.origin
+        capture = {
+            "seconds": dict(origin.seconds),
+            "dimensions": [asdict(dimension) for dimension in self.program.dimensions],
+            "opaque": [asdict(part) for part in self.program.opaque],
+            "notes": list(origin.notes),
+        }
+        report = {
+            "versions": self.versions,
+            "model": {"spec": model.spec, "class": origin.model_class, "weights": _text(model.weights),
+                      "inputs": list(model.inputs), "parameters": parameter_count(self.before)},
+            "pipeline": ",".join(record.text for record in self.records),
+            "seed": model.seed,
+            "data": None if self.job.data is None else {"path": str(self.job.data), "sha256": self.data_sha256},
+            "capture": capture,
+            "earlier": [record.to_json() for record in self.program.history[:self.earlier]],
+            "passes": [record.to_json() for record in self.records],
+            "output": None if self.job.dry_run else {"path": str(self.written.path), "kind": self.written.kind,
+                                                     "reason": self.written.reason},
+            "seconds": self.seconds,
+        }
+        return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+
+
+def _read_data(path: Path | None) -> tuple[Any, str | None]:
+    """What `--data` names, and the SHA-256 of the file."""
+    if path is None:
+        return None, None
+    import torch
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        return value, hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise RewriteError(f"--data: there is no file {path}") from None
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RewriteError(f"--data: cannot read {path}: {line}; save tensors, tuples and dicts of them "
+                           "with torch.save") from None
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _finite(value: Any) -> Any:
+    """The value with "inf" and "nan" as text: JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,277 @@
+"""Records, passes and programs as text for a terminal or a pipe; the data is that of the JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from rewrite.pipeline.text import Element, print_pipeline
+
+from .job import parameter_count
+
+if TYPE_CHECKING:
+    from rewrite.graph.history import Check, Record, Verification
+    from rewrite.graph.program import Program
+
+    from .job import Outcome
+
+NAMED = 4
+"""How many module paths are named before "and 21 more"."""
+FIGURES = ("output error", "site error")
+"""Checks that measure and cannot fail."""
+
+
+# ---- apply ---------------------------------------------------------------------------------------------------
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """What a run did, pass by pass, and where the result is."""
+    program, spec = outcome.program, outcome.job.model.spec
+    console.print(_headline(outcome.before, captured=not outcome.job.model.is_program))
+    if outcome.records:
+        console.print(records_table(outcome.records))
+    if program.opaque:
+        count = len(program.opaque)
+        console.print(f"{_number(count, 'part')} passes cannot see into: rewrite show {spec}", style="yellow",
+                      soft_wrap=True)
+    for note in program.origin.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+    written = outcome.written
+    if written.reason:
+        console.print(Text(f"not your own class again: {written.reason}", "yellow"))
+    verb = "dry run, would write " if outcome.job.dry_run else "wrote "
+    console.print(Text.assemble(verb, (str(written.path), "bold green"), f": {written.kind}"), soft_wrap=True)
+    if outcome.job.report is not None:
+        console.print(Text.assemble("report ", (str(outcome.job.report), "bold green")), soft_wrap=True)
+
+
+def _headline(program: Program, *, captured: bool) -> Text:
+    took = f", captured in {sum(program.origin.seconds.values()):.1f} s" if captured else ""
+    name = program.origin.model_class.rpartition(".")[2]
+    return Text.assemble((name, "bold"), f", {parameter_count(program):,} parameters{took}")
+
+
+def records_table(records: Sequence[Record]) -> Table:
+    """One section a pass: what it changed, what it left alone and why, what was proven, figures and warnings."""
+    return _two_columns(*(_record_rows(record) for record in records))
+
+
+def _two_columns(*sections: Iterable[tuple[str, RenderableType]]) -> Table:
+    table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in sections:
+        table.add_section()
+        for title, content in section:
+            table.add_row(title, content)
+    return table
+
+
+def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
+    yield "pass", Text(record.text, "bold cyan")
+    yield "promises", record.contract
+    yield "changed", _changed(record)
+    if record.skipped:
+        yield "left alone", _by_reason((skipped.path, skipped.reason) for skipped in record.skipped)
+    yield "proven", _proven(record.verification)
+    if record.verification is not None:
+        for check in record.verification.checks:
+            if check.name in FIGURES and check.error is not None:
+                yield check.name, f"{check.error:.3g} ({check.detail})"
+    yield "parameters", _parameters(*record.parameters)
+    yield "seconds", _seconds(record)
+    for warning in record.warnings:
+        yield "warning", Text(warning, "yellow")
+
+
+def _changed(record: Record) -> RenderableType:
+    if record.changes:
+        return _by_reason((site.path, f"{site.kind}: {site.detail}".rstrip(": ")) for site in record.changes)
+    return Text("nothing" if record.skipped else "nothing: the model has no place for this pass", "yellow")
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> RenderableType:
+    """`25  LayerNorm -> DynamicTanh` and below it some of the paths, for each reason, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for path, reason in pairs:
+        groups.setdefault(reason, []).append(path)
+    lines: list[RenderableType] = []
+    for reason, paths in sorted(groups.items(), key=lambda item: -len(item[1])):
+        lines.append(Text.assemble((f"{len(paths)}", "bold"), f" {reason}"))
+        lines.append(Padding(Text(some(paths), "dim"), (0, 0, 0, len(f"{len(paths)} "))))
+    return Group(*lines)
+
+
+def some(paths: Sequence[str]) -> str:
+    """`blocks.0.norm1, blocks.0.norm2 and 23 more`."""
+    named = [path or "(the model)" for path in dict.fromkeys(paths)]
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    return ", ".join(named[:NAMED]) + more
+
+
+def _proven(verification: Verification | None) -> Text:
+    if verification is None:
+        return Text("nothing: --no-verify", "yellow")
+    parts = [_check(check) for check in verification.checks if check.name not in FIGURES]
+    return Text(", ").join(parts)
+
+
+def _check(check: Check) -> Text:
+    if check.detail.startswith("not checked"):
+        return Text(f"{check.name} {check.detail}", "yellow")
+    if check.error is not None:
+        told = f" {check.error:.1e}" if check.error else " bit for bit"
+    else:
+        told = f" ({check.detail})" if check.detail else ""
+    return Text.assemble((check.name, "green" if check.passed else "red"), told)
+
+
+def _parameters(before: int, after: int) -> str:
+    return f"{before:,}, none added or removed" if before == after else f"{before:,} -> {after:,} ({after - before:+,})"
+
+
+def _seconds(record: Record) -> str:
+    verified = "" if record.verification is None else f", verified in {record.verification.seconds:.2f}"
+    return f"{record.seconds:.2f}{verified}"
+
+
+# ---- passes --------------------------------------------------------------------------------------------------
+
+
+def show_passes(console: Console, passes: Sequence[Mapping[str, Any]]) -> None:
+    """All passes with their summaries."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for each in passes:
+        table.add_row(each["name"], Text(each["error"], "red") if "error" in each else Text(each["summary"]))
+    console.print(table)
+    console.print()
+    console.print("rewrite passes NAME tells more of one.", style="dim")
+
+
+def show_pass(console: Console, described: Mapping[str, Any]) -> None:
+    """One pass: its documentation, what it promises, its options."""
+    summary, _, rest = described["doc"].partition("\n")
+    console.print(Text.assemble((described["name"], "bold cyan"), "  ", (summary, "bold")))
+    for paragraph in rest.strip("\n").split("\n\n"):
+        if paragraph.strip():
+            console.print()
+            console.print(Text(_reflowed(paragraph)))
+    contract = described["contract"]
+    console.print()
+    promises = f"forward {contract['forward']}, backward {contract['backward']}"
+    console.print(Text.assemble(("promises ", "bold"), promises))
+    options = described["options"]
+    if options:
+        console.print(_options_table(options))
+    example = Element(described["name"], tuple((option["name"], option["default"]) for option in options))
+    console.print(Text.assemble(("by default ", "bold"), print_pipeline([example])), soft_wrap=True)
+
+
+def _options_table(options: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.HORIZONTALS, pad_edge=False)
+    for title in ("option", "type", "default", ""):
+        table.add_column(title, style="bold" if title == "option" else "")
+    for option in options:
+        table.add_row(*(Text(option[key]) for key in ("name", "type", "default", "help")))
+    return table
+
+
+def _reflowed(paragraph: str) -> str:
+    """One line for the terminal to wrap, unless its lines are set by hand."""
+    lines = paragraph.splitlines()
+    return paragraph if any(line.startswith((" ", "-")) for line in lines) else " ".join(lines)
+
+
+# ---- show ----------------------------------------------------------------------------------------------------
+
+
+def show_program(console: Console, program: Program, *, captured: bool) -> None:
+    """The layer graph at a glance: inputs, layers by type, norms, what passes cannot see, notes, history.
+
+    ``captured`` says whether this run did that, and so whether its seconds are of interest.
+    """
+    console.print(_headline(program, captured=captured))
+    console.print(_two_columns(_sections(program)))
+
+
+def _sections(program: Program) -> Iterator[tuple[str, RenderableType]]:
+    yield "class", program.origin.model_class
+    yield "tensors", _tensors(program)
+    yield "inputs", Group(*_inputs(program))
+    yield "layers", _counted(_layer_types(program))
+    yield "functions", _counted(_function_names(program))
+    yield "norms", Group(*_norms(program) or [Text("no LayerNorm or RMSNorm in any spelling")])
+    parts = [Text.assemble((part.path or "(the model)", "bold"), f" {part.kind}: {part.reason}")
+             for part in program.opaque]
+    yield "opaque", Group(*parts or [Text("nothing: passes see every part")])
+    for note in program.origin.notes:
+        yield "note", Text(note, "yellow")
+    for record in program.history:
+        yield "history", Text(record.text, "cyan")
+
+
+def _tensors(program: Program) -> Text:
+    parameters = list(program.module.parameters())
+    buffers = sum(buffer.numel() for buffer in program.module.buffers())
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    dtypes = Counter({str(p.dtype).removeprefix("torch."): 0 for p in parameters})
+    for parameter in parameters:
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    names = ", ".join(name for name, _ in dtypes.most_common())
+    extra = [f"{frozen:,} frozen"] * bool(frozen) + [f"{buffers:,} in buffers"] * bool(buffers)
+    return Text(", ".join([f"{sum(dtypes.values()):,} {names}".strip(), *extra]))
+
+
+def _inputs(program: Program) -> list[RenderableType]:
+    """`x float32 [2 dynamic, 3, 224, 224]`, one line an input."""
+    shapes: dict[str, list[str]] = {}
+    dtypes: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            shapes[node.name] = []
+            dtypes[node.name] = str(getattr(node.meta.get("val"), "dtype", "")).removeprefix("torch.")
+    for dimension in program.dimensions:
+        mark = " dynamic" if dimension.dynamic else ""
+        shapes.setdefault(dimension.input, []).append(f"{dimension.size}{mark}")
+    return [Text.assemble((name, "bold"), f" {dtypes.get(name, '')} [{', '.join(sizes)}]")
+            for name, sizes in shapes.items()]
+
+
+def _layer_types(program: Program) -> Counter[str]:
+    return Counter(type(layer).__name__ for _, layer in program.layers())
+
+
+def _function_names(program: Program) -> Counter[str]:
+    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
+    names = (getattr(call, "__name__", str(call)) for call in calls)
+    return Counter(name.removesuffix(".default") for name in names)
+
+
+def _counted(counts: Counter[str]) -> Text:
+    parts = [Text.assemble((str(count), "bold"), f" {name}") for name, count in counts.most_common()]
+    return Text(", ").join(parts) if parts else Text("none")
+
+
+def _norms(program: Program) -> list[RenderableType]:
+    from rewrite.analysis.norms import norms
+
+    groups: dict[str, list[str]] = {}
+    for norm in norms(program):
+        kind = norm.types[-1] or norm.layer_name
+        spelled = "" if kind == norm.layer_name else f" ({norm.layer_name})"
+        eps = "" if norm.eps is None else f" eps {norm.eps:g}"
+        groups.setdefault(f"{kind}{spelled} {list(norm.shape)}{eps}", []).append(norm.path)
+    return [_by_reason((path, kind) for path in paths) for kind, paths in groups.items()]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)

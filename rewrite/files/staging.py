@@ -1,0 +1,85 @@
+"""Writing files so that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rewrite.errors import RewriteError
+
+
+def check_place(path: Path) -> None:
+    """Raises RewriteError unless ``path`` can be a file in a folder that is there."""
+    if path.is_dir():
+        raise RewriteError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise RewriteError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+class Staging:
+    """Files that appear all at once, when the context is left without an error; otherwise none does.
+
+    In a ``rehearsal`` none does either: they are written to the system's temporary folder and thrown away.
+    """
+
+    def __init__(self, *, rehearsal: bool = False) -> None:
+        self._rehearsal = rehearsal
+        self._rooms: list[tuple[Path, Path]] = []
+
+    def path(self, final: Path) -> Path:
+        """Where to write what is to become ``final``: the same name, in a new folder beside it.
+
+        A format of several files may write others next to it; they are moved along.
+        """
+        check_place(final)
+        folder = None if self._rehearsal else final.parent
+        with explained(final):
+            room = Path(tempfile.mkdtemp(prefix=f".{final.name[:100]}.", suffix=".partial", dir=folder))
+        self._rooms.append((room, final))
+        return room / final.name
+
+    def drop(self, final: Path) -> None:
+        """Forget what was written for ``final``."""
+        for room, path in [pair for pair in self._rooms if pair[1] == final]:
+            shutil.rmtree(room, ignore_errors=True)
+            self._rooms.remove((room, path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:
+        try:
+            for room, final in self._rooms if error is None and not self._rehearsal else ():
+                with explained(final):
+                    for file in sorted(room.iterdir(), key=lambda each: each.name == final.name):  # itself last
+                        _move(file, final.parent / file.name)
+        finally:
+            for room, _ in self._rooms:
+                shutil.rmtree(room, ignore_errors=True)
+
+
+def _move(file: Path, final: Path) -> None:
+    """Move a file into place, with the permissions of any file written there: some writers keep others out."""
+    if final.exists():
+        shutil.copymode(final, file)
+    else:
+        umask = os.umask(0)
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)
+    os.replace(file, final)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write a file into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise RewriteError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,264 @@
+"""One run of ``torch.export`` over an isolated copy of a model: nothing of the user's model is run or changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from rewrite.errors import RewriteError
+from rewrite.graph.codegen import keyword_safe
+
+from .as_eager import SizeDecisions, View, seen_as
+from .functions import FunctionCall, recorded_functions
+
+_PLAIN = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str, type(None),
+          torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model's example inputs in canonical order: positional as far as the signature allows, the rest by keyword."""
+
+    signature: inspect.Signature
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Trace:
+    """What one export gave: the graph, the calls of custom autograd functions, output fields that were dropped."""
+
+    graph_module: GraphModule
+    functions: list[FunctionCall] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+
+    @property
+    def output_spec(self) -> pytree.TreeSpec:
+        """The containers of the output, whose leaves the graph returns."""
+        codegen: Any = self.graph_module.graph._codegen
+        found: pytree.TreeSpec = codegen.pytree_info.out_spec
+        return found
+
+
+def bind_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Inputs:
+    """Bind example inputs to ``forward``; a ``use_cache`` switch that is left open is bound to False."""
+    signature = inspect.signature(model.forward)
+    given = dict(kwargs or {})
+    switch = signature.parameters.get("use_cache")
+    try:
+        bound = signature.bind(*args, **given)
+    except TypeError as error:
+        raise RewriteError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from None
+    if switch is not None and bound.arguments.get("use_cache") is None:
+        bound.arguments["use_cache"] = False
+        bound.arguments = {n: bound.arguments[n] for n in signature.parameters if n in bound.arguments}
+    return Inputs(signature, bound.args, bound.kwargs)
+
+
+def isolate(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
+    """A deep copy of ``model`` whose tensors are ``replace(tensor)``, by default the model's own."""
+    memo: dict[int, Any] = {}
+    registered = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():
+        for value in [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]:
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = replace(value) if id(value) in registered else value
+    try:
+        made = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RewriteError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {_first_line(error)}); "
+                           "capture works on a copy so that your model is not touched") from error
+    for module in made.modules():
+        if isinstance(module, _BatchNorm) and module.momentum is None:
+            module.momentum = 0.1  # a cumulative average depends on data, which export refuses; lift restores None
+    return made
+
+
+def fake_copy(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) -> tuple[nn.Module, FakeTensorMode]:
+    """A copy of ``model`` with fake tensors (shapes only), its parameters and buffers in other dtypes."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        to = dtypes.get(tensor.dtype, tensor.dtype)
+        with mode:
+            made = torch.empty_like(tensor, dtype=to, device=tensor.device, requires_grad=False)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(made, requires_grad=tensor.requires_grad)
+        return made
+
+    return isolate(model, fake), mode
+
+
+def fake_inputs(inputs: Inputs, mode: FakeTensorMode, dtypes: Mapping[torch.dtype, torch.dtype]) -> Inputs:
+    """The same inputs as fake tensors, in other dtypes."""
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        with mode:
+            return torch.empty(value.shape, dtype=dtypes.get(value.dtype, value.dtype), device=value.device)
+
+    args, kwargs = pytree.tree_map(fake, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(inputs.signature, args, kwargs)
+
+
+def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
+    """Export ``model`` (an isolated copy) in one mode, with batch and token dimensions dynamic.
+
+    Raises RewriteError with torch.export's reason when no attempt succeeds.
+    """
+    model.train(training)
+    dropped: list[str] = []
+    notes: list[str] = []
+    _screen_outputs(model, dropped)
+    errors: list[Exception] = []
+    for dynamic, view in _attempts(inputs):
+        dropped.clear()
+        try:
+            with quiet(), keyword_safe(), seen_as(view), recorded_functions(notes) as functions:
+                exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic,
+                                               strict=False)
+                graph_module = _unlifted(exported)
+        except Exception as error:
+            errors.append(error)
+            continue
+        if len(errors) > 2:
+            notes.append(f"dynamic sizes reduced: {_first_line(errors[2])}")
+        return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
+    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
+
+
+def _unlifted(exported: ExportedProgram) -> GraphModule:
+    """The export as a module whose graph reads parameters by name; it has no code: its graph is read, it is not run."""
+    with mock.patch.object(GraphModule, "recompile", return_value=None):
+        made = exported.module(check_guards=False)
+    assert isinstance(made, GraphModule)
+    for part in made.modules():
+        if isinstance(part, GraphModule) and part is not made:
+            part.recompile()  # the body of an operator, which is run
+    return made
+
+
+def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Export a layer graph as it stands (mode, outputs), its dynamic sizes kept as far as torch.export can."""
+    errors: list[Exception] = []
+    for dynamic in _dynamic_choices(inputs):
+        try:
+            with quiet(), keyword_safe():
+                return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
+        except Exception as error:
+            errors.append(error)
+    raise RewriteError(f"torch.export cannot export the program: {_first_line(errors[-1])}") from errors[-1]
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The inputs with a batch of one doubled: a size of one would be baked into the graph."""
+    tensors = [v for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+               if isinstance(v, torch.Tensor) and v.dim()]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return inputs
+
+    def double(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
+
+    args, kwargs = pytree.tree_map(double, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(inputs.signature, args, kwargs)
+
+
+def _attempts(inputs: Inputs) -> Iterator[tuple[Any, View]]:
+    """Dynamic sizes, and how the model's code sees the trace, in the order to try."""
+    choices = list(_dynamic_choices(inputs))
+    yield choices[0], View.EAGER
+    yield choices[0], View.FAKE
+    yield from ((dynamic, View.TRACED) for dynamic in choices)
+
+
+def _dynamic_choices(inputs: Inputs) -> Iterator[Any]:
+    """Dynamic dimensions to try in turn: all that may vary, the first of each tensor, none."""
+    structure = (inputs.args, dict(inputs.kwargs))
+    tokens = any(isinstance(v, torch.Tensor) and not v.is_floating_point() for v in pytree.tree_leaves(structure))
+
+    def widest(value: torch.Tensor) -> int:
+        image = value.is_floating_point() and value.dim() >= 4 and not tokens
+        return 1 if image else value.dim()
+
+    for axes in (widest, lambda value: min(value.dim(), 1)):
+        shapes = torch.export.ShapesCollection()
+        for leaf in pytree.tree_leaves(structure):
+            if isinstance(leaf, torch.Tensor):
+                shapes[leaf] = dict.fromkeys(range(axes(leaf)), Dim.AUTO)
+        yield shapes
+    yield None
+
+
+def _screen_outputs(model: nn.Module, dropped: list[str]) -> None:
+    """Make the copy's forward return only what torch.export can: registered containers of tensors and plain values."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def screened(*args: Any, **kwargs: Any) -> Any:
+        with SizeDecisions():
+            outputs = forward(*args, **kwargs)
+        return _screen(outputs, "output", dropped)
+
+    model.forward = screened
+
+
+def _screen(value: Any, name: str, dropped: list[str]) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if pytree.tree_is_leaf(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            torch.export.register_dataclass(type(value))
+            return value
+        dropped.append(f"{name} ({type(value).__name__})")
+        return None
+    if isinstance(value, Mapping):
+        kept = {k: _screen(v, f"{name}.{k}", dropped) for k, v in value.items()}
+        changed = {k for k, v in kept.items() if v is not value[k]}
+        if not changed:
+            return value
+        kept = {k: v for k, v in kept.items() if k not in changed or v is not None}
+        kind: Any = type(value)
+        return kind(**kept) if dataclasses.is_dataclass(value) else kind(kept)
+    items, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    return pytree.tree_unflatten([_screen(v, f"{name}[{i}]", dropped) for i, v in enumerate(items)], spec)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export warns and logs about what capture handles; errors still come through as exceptions."""
+    previous = logging.root.manager.disable
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

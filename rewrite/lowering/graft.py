@@ -1,0 +1,193 @@
+"""Giving the user's own class back: a copy of their model with the layers swapped that passes replaced."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.errors import RewriteError
+from rewrite.graph.nodes import attribute, module_key, module_stack
+from rewrite.graph.program import LayerGraph, Program
+from rewrite.numerics.compare import TOLERANCE, Difference, Mode, clone, difference, run
+
+ROUNDING = 1e-5
+"""The largest relative error between two float32 runs of the same operators."""
+_PLAIN = (bool, int, float, str, tuple, torch.Size)
+
+
+def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Module:
+    """A copy of ``model`` with the layers that the program's history replaced, and the program's parameters.
+
+    ``model`` is any instance of the captured class with the captured parameter shapes. Unless ``verify`` is False, the
+    copy is compared with the program on its example inputs, in both modes, in exact arithmetic.
+
+    A module that calls children of its own after the replaced layer (a norm with a built-in activation) becomes an
+    nn.Sequential of the new layer, ``layer``, and those children.
+
+    Raises RewriteError, by name, for another class or other shapes; for an edit at a path that is no module of the
+    model, or of a module that does more; for a shared module of which one call was edited; and for edits of the graph
+    between layers. The model is not changed.
+    """
+    _check_class(program, model)
+    _check_shapes(program, model)
+    tails = {path: _tail(program, model, path) for path in _edited_paths(program)}
+    made = clone(model)
+    _load(made, program, set(tails))
+    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in tails}, _own_tensors(program, made))
+    for path, layer in layers.items():
+        _set(made, path, _followed(layer, tails[path]))
+    if verify:
+        _verify(program, made)
+    return made
+
+
+def _check_class(program: Program, model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, LayerGraph):
+        raise RewriteError("graft takes your own model, not a program's module")
+    if kind != program.origin.model_class:
+        raise RewriteError(f"the program was captured from {program.origin.model_class}, this model is a {kind}: "
+                           "graft onto an instance of the captured class")
+
+
+def _check_shapes(program: Program, model: nn.Module) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, shape in program.origin.parameter_shapes.items():
+        if shapes.get(name) != shape:
+            raise RewriteError(f"parameter {name} has shape {shapes.get(name)} in this model and {shape} in the captured "
+                               "one: build it with the captured model's configuration")
+
+
+def _edited_paths(program: Program) -> Iterator[str]:
+    for record in program.history:
+        for site in record.changes:
+            if site.kind == "set parameter":
+                continue
+            if site.kind != "replace layer":
+                raise RewriteError(f"pass {record.text} changed the graph between layers ({site.kind} at {site.path}): "
+                                   "that cannot be put into your class; save the program as .pt2")
+            yield site.path
+
+
+def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
+    """The children that the module at ``path`` calls after the layer, as a norm with a built-in activation does.
+
+    Raises RewriteError if the path is no module of the model's, or if the module does anything else.
+    """
+    module = attribute(model, path)
+    if not isinstance(module, nn.Module):
+        base = path.rpartition("_")[0]
+        if isinstance(attribute(model, base), nn.Module):
+            raise RewriteError(f"{base} is a module called several times, of which one call was edited: your class "
+                               "cannot hold that; edit all its calls, or save the program as .pt2")
+        raise RewriteError(f"{path} is no module of your model but a call inside its code: save the program as .pt2")
+    calls = [n for n in program.graph.nodes if n.op == "call_module" and n.target == path]
+    tails = {() if n.meta.get("whole") else _children_after(n) for n in calls}
+    tail = tails.pop() if len(tails) == 1 else None
+    if tail is None or (tail and len(inspect.signature(module.forward).parameters) != 1):
+        raise RewriteError(f"{path} is a {type(module).__name__}, which does more than the layer that was replaced in it: "
+                           "save the program as .pt2")
+    return tail
+
+
+def _children_after(call: Node) -> tuple[str, ...] | None:
+    """The names of the children that follow a layer, one on the other, in its module's call; None if there is more.
+
+    A child that is called twice is more: a sequence has one place for it.
+    """
+    key, path = module_key(call), str(call.target)
+    chain = [call]
+    while len(chain[-1].users) == 1:
+        user = next(iter(chain[-1].users))
+        if user.op != "call_module" or str(user.target).rpartition(".")[0] != path or user.args != (chain[-1],):
+            break
+        chain.append(user)
+    inside = [n for n in call.graph.nodes if any(key == k for k, _, _ in module_stack(n))]
+    names = tuple(str(n.target).rpartition(".")[2] for n in chain[1:])
+    return names if set(inside) == set(chain) and len(set(names)) == len(names) else None
+
+
+def _followed(layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:
+    """The layer, and after it those of its children that the module called there."""
+    if not tail:
+        return layer
+    after = {name: layer.get_submodule(name) for name in tail}
+    for name in tail:
+        delattr(layer, name)
+    return nn.Sequential(OrderedDict(layer=layer, **after))
+
+
+def _load(made: nn.Module, program: Program, edited: set[str]) -> None:
+    """Give the copy the program's values wherever both have a tensor and no layer is swapped."""
+    ours = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+            swapped = any(name.startswith(path + ".") for path in edited)
+            value = ours.get(name)
+            if not swapped and value is not None and value.shape == tensor.shape and not value.is_meta:
+                tensor.copy_(value)
+
+
+def _own_tensors(program: Program, made: nn.Module) -> dict[int, Any]:
+    """For deepcopy: the program's tensors that the copy has too, so that ties between old and new layers stay."""
+    theirs = dict(made.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in program.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    kept: dict[int, Any] = {}
+    for key, group in names.items():
+        shared = [theirs[n] for n in group if n in theirs]
+        if len(group) > 1 and len({id(t) for t in shared}) == 1:
+            kept[key] = shared[0]
+    return kept
+
+
+def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a layer at a path, and wherever else the module there is held; plain attributes are carried over."""
+    old = model.get_submodule(path)
+    for name, value in vars(old).items():
+        if isinstance(value, _PLAIN) and not hasattr(layer, name):
+            setattr(layer, name, value)
+    layer.train(old.training)
+    for holder in list(model.modules()):
+        for name, child in list(holder._modules.items()):
+            if child is old:
+                holder._modules[name] = layer
+
+
+def _verify(program: Program, made: nn.Module) -> None:
+    tensors = [*made.parameters(), *made.buffers()]
+    if any(t.is_meta for t in tensors):
+        return
+    untrained = any(part.kind == "training mode" for part in program.opaque)
+    modes: tuple[Mode, ...] = ("eval",) if untrained else ("eval", "train")
+    args, kwargs = program.example_args, dict(program.example_kwargs)
+    if "use_cache" in program.module.interface.signature.parameters:
+        kwargs.setdefault("use_cache", False)
+    for mode in modes:
+        gap, tolerance = _gap(program, made, args, kwargs, mode)
+        if gap.largest > tolerance:
+            raise RewriteError(f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
+                               f"gradients {gap.gradients:.1e} at {gap.worst_gradient or 'none'}, buffers "
+                               f"{gap.buffers:.1e}) {gap.problem}: save the program as .pt2")
+
+
+def _gap(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode) -> tuple[Difference, float]:
+    """The difference and what it may be: in exact arithmetic, or in the own dtype where the model's code cannot run
+    in float64 (a float64 limit in a float32 mask overflows, say)."""
+    try:
+        return _compared(program, made, args, kwargs, mode, exact=True), TOLERANCE
+    except RuntimeError:
+        return _compared(program, made, args, kwargs, mode, exact=False), ROUNDING
+
+
+def _compared(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode, *, exact: bool) -> Difference:
+    return difference(run(program.module, args, kwargs, mode, exact=exact, by_layer=False),
+                      run(made, args, kwargs, mode, exact=exact, by_layer=False))

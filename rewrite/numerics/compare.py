@@ -1,0 +1,226 @@
+"""Comparing two programs or modules: outputs, gradients and buffer updates, in both modes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from rewrite.errors import RewriteError
+from rewrite.graph.program import LayerGraph, Program
+
+from .exact import ExactArithmetic
+from .randomness import seeded
+
+Mode = Literal["eval", "train"]
+TOLERANCE = 1e-10
+"""The largest relative error, in exact arithmetic, of what is called the same."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward and backward pass: outputs, gradients by parameter name, buffers afterwards."""
+
+    outputs: tuple[torch.Tensor, ...]
+    gradients: Mapping[str, torch.Tensor | None]
+    buffers: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs are apart: relative errors of outputs, gradients and buffers, and where the worst is."""
+
+    outputs: float
+    gradients: float
+    buffers: float
+    worst_gradient: str = ""
+    problem: str = ""
+    note: str = ""
+
+    @property
+    def largest(self) -> float:
+        return float("inf") if self.problem else max(self.outputs, self.gradients, self.buffers)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of ``verify``: the difference in each mode, in exact arithmetic and in the models' own dtype."""
+
+    exact: Mapping[str, Difference]
+    native: Mapping[str, Difference]
+    tolerance: float = field(default=TOLERANCE)
+
+    @property
+    def same(self) -> bool:
+        """Whether both compute the same up to rounding, in both modes, gradients and buffers included."""
+        return all(d.largest <= self.tolerance for d in self.exact.values())
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether they agree bit for bit in the models' own dtype."""
+        return all(d.largest == 0 for d in self.native.values())
+
+    def __bool__(self) -> bool:
+        return self.same
+
+    def __str__(self) -> str:
+        lines = []
+        for mode, exact in self.exact.items():
+            native = self.native[mode]
+            lines.append(f"{mode}: outputs {exact.outputs:.1e} gradients {exact.gradients:.1e} buffers "
+                         f"{exact.buffers:.1e} (own dtype {native.outputs:.1e} {native.gradients:.1e}) {exact.problem}")
+        return ("same" if self.same else "DIFFERENT") + "\n" + "\n".join(lines)
+
+
+def verify(a: Program | nn.Module, b: Program | nn.Module, args: Sequence[Any] | None = None,
+           kwargs: Mapping[str, Any] | None = None, *, seed: int = 0) -> Comparison:
+    """Compare two programs or modules on one input, in eval and in training.
+
+    Errors are relative, ``max|a - b| / max|a|``, over outputs, gradients (of a random projection of the outputs) of
+    the parameters both have, and buffers afterwards. "Exact" runs both in float64 throughout. Neither is changed.
+    Without ``args`` and ``kwargs`` the example inputs of a program are used.
+
+    Raises RewriteError when there are no inputs, or a tensor is on the meta device.
+    """
+    args, kwargs = _inputs(a, b, args, kwargs)
+    first, second = _module(a), _module(b)
+    if any(t.is_meta for m in (first, second) for t in [*m.parameters(), *m.buffers()]):
+        raise RewriteError("nothing can be verified on the meta device: move the model to a real one")
+    by_layer = isinstance(first, LayerGraph) and isinstance(second, LayerGraph)
+    exact: dict[str, Difference] = {}
+    native: dict[str, Difference] = {}
+    for mode in ("eval", "train"):
+        for table, is_exact in ((exact, True), (native, False)):
+            left = run(first, args, kwargs, mode, exact=is_exact, seed=seed, by_layer=by_layer)
+            right = run(second, args, kwargs, mode, exact=is_exact, seed=seed, by_layer=by_layer)
+            table[mode] = difference(left, right)
+    return Comparison(exact, native)
+
+
+def _module(program: Program | nn.Module) -> nn.Module:
+    return program.module if isinstance(program, Program) else program
+
+
+def _inputs(a: Any, b: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args is None and kwargs is None:
+        for program in (a, b):
+            if isinstance(program, Program):
+                return tuple(program.example_args), dict(program.example_kwargs)
+        raise RewriteError("verify needs inputs to compare two modules on: args=(x,)")
+    return tuple(args or ()), dict(kwargs or {})
+
+
+def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode, *, exact: bool,
+        seed: int = 0, gradients: bool = True, by_layer: bool = True) -> Run:
+    """One forward and backward pass on a copy of ``module``, seeded; in float64 throughout where ``exact``.
+
+    The random layers of a layer graph are seeded each by itself where ``by_layer``; otherwise, and in any other module,
+    the order of draws counts.
+    """
+    copied = clone(module).train(mode == "train")
+    args, kwargs = copy.deepcopy((tuple(args), dict(kwargs)))
+    if exact:
+        copied = copied.double()
+        args, kwargs = pytree.tree_map(_double, (args, kwargs))
+    draws = seeded(copied, seed) if by_layer and isinstance(copied, LayerGraph) else _seeded_globally(seed)
+    with draws, ExactArithmetic() if exact else nullcontext():
+        outputs = tuple(tensors(copied(*args, **kwargs)))
+        found = _gradients(copied, outputs, seed) if gradients else {}
+    return Run(tuple(o.detach() for o in outputs), found, dict(copied.named_buffers()))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def clone(module: nn.Module) -> nn.Module:
+    """A deep copy that also takes modules whose attributes are results of a computation (weight norm by hooks)."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def _seeded_globally(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of an output, whatever containers hold them."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _gradients(module: nn.Module, outputs: Sequence[torch.Tensor], seed: int) -> dict[str, torch.Tensor | None]:
+    """Gradients of a fixed random projection of the outputs."""
+    loss: Any = 0.0
+    for i, output in enumerate(outputs):
+        if output.requires_grad and output.is_floating_point():
+            generator = torch.Generator().manual_seed(seed + i)
+            weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            loss = loss + (output * weights.to(output)).sum()
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not isinstance(loss, torch.Tensor) or not named:
+        return {}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
+
+
+def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference:
+    """How far run ``b`` is from run ``a``; gradients of ``names`` only, by default of the parameters both have."""
+    if len(a.outputs) != len(b.outputs):
+        return Difference(0, 0, 0, problem=f"{len(a.outputs)} outputs against {len(b.outputs)}")
+    for x, y in zip(a.outputs, b.outputs, strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return Difference(0, 0, 0, problem=f"an output {tuple(x.shape)} {x.dtype} against {tuple(y.shape)} {y.dtype}")
+    shared = [n for n in a.gradients if n in b.gradients and (names is None or n in names)]
+    errors = {n: _gradient_error(a.gradients[n], b.gradients[n]) for n in shared}
+    worst = max(errors, key=lambda n: errors[n], default="")
+    buffers = [relative_error(t, b.buffers[n]) for n, t in a.buffers.items()
+               if n in b.buffers and b.buffers[n].shape == t.shape]
+    return Difference(max(map(relative_error, a.outputs, b.outputs), default=0.0), errors.get(worst, 0.0),
+                      max(buffers, default=0.0), worst)
+
+
+def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    if a is None or b is None:
+        given = a if a is not None else b
+        return 0.0 if given is None or not bool(given.any()) else float("inf")
+    return relative_error(a, b)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b| / max|a|; infinities and NaNs must stand at the same places."""
+    if a.shape != b.shape:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point() and not a.is_complex():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.detach().to(wide), b.detach().to(wide)
+    scale, gap = float(a.abs().max()), float((a - b).abs().max())
+    if not math.isfinite(gap):
+        finite = torch.isfinite(a)
+        if not torch.equal(finite, torch.isfinite(b)):
+            return float("inf")
+        if not a.is_complex() and not torch.equal(_infinities(a), _infinities(b)):
+            return float("inf")
+        a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+        scale, gap = float(a.abs().max()), float((a - b).abs().max())
+    return gap if scale == 0 else gap / scale
+
+
+def _infinities(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value.isinf(), value.sign(), 2 * value.isnan())

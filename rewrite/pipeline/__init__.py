@@ -1,0 +1,1 @@
+"""What a pass is, how it is named, found and run."""

@@ -1,0 +1,206 @@
+"""The class of all passes: a frozen dataclass whose fields are its options.
+
+The options' one description gives the pipeline text, the `--help`, the table in the docs and the JSON report.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import inspect
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from rewrite.errors import OptionError, RewriteError, did_you_mean
+
+from .option_types import OptionType, option_type
+from .text import Element, print_pipeline
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from rewrite.graph.program import Program
+    from rewrite.proof.contract import Contract
+
+    from .run import Context
+
+Json = bool | int | float | str | None
+T = TypeVar("T")
+
+
+def option(default: T, help: str) -> T:
+    """An option's default with its line of help: `alpha: float = option(0.5, "value at the start")`."""
+    field: T = dataclasses.field(default=default, metadata={"help": help})
+    return field
+
+
+class Pass(abc.ABC):
+    """A named rewrite of a program.
+
+    A subclass is a `@dataclass(frozen=True)` that sets `name`, and whose fields are its options: each a bool,
+    int, float, str, `Selector`, `Literal`, enum, or one of these `| None`, with a default. Values are checked
+    when the pass is made (`OptionError`); an int becomes a float and a text a `Selector` where the field is
+    one. A subclass with its own `__post_init__` calls this one first.
+    """
+
+    name: ClassVar[str]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Any) -> None: ...
+
+    def __post_init__(self) -> None:
+        for name, kind in _option_types(type(self)).items():
+            value = _converted(type(self), name, kind, kind.accept, getattr(self, name))
+            object.__setattr__(self, name, value)
+
+    @abc.abstractmethod
+    def contract(self) -> Contract:
+        """What the pass promises to keep; the engine proves it after each run."""
+
+    @abc.abstractmethod
+    def run(self, program: Program, context: Context) -> None:
+        """Rewrite the program in place, through the edit layer only."""
+
+    def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """The method's formula for an inserted layer, written apart from it: the proof compares the two.
+
+        A pass whose forward is CLOSE or NEW must have it. `new` holds the parameters, `old` is what stood there.
+        """
+        raise NotImplementedError(f"pass {self.name} has no reference formula")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        """The pass with these options, each given as text.
+
+        Raises `OptionError` for an unknown option, naming the nearest, and for a value of the wrong type.
+        """
+        kinds = _option_types(cls)
+        for name in options:
+            if name not in kinds:
+                known = f"it has {', '.join(kinds)}" if kinds else "it has none"
+                hint = did_you_mean(name, kinds) or f"; {known}"
+                raise OptionError(f"pass '{cls.name}' has no option '{name}'{hint}", name)
+        return cls(
+            **{
+                name: _converted(cls, name, kinds[name], kinds[name].parse, text)
+                for name, text in options.items()
+            }
+        )
+
+    @property
+    def text(self) -> str:
+        """The pass as pipeline text, with the options that differ from their defaults."""
+        default = type(self)()
+        shown = [
+            (name, _shown(self, name, kind), _shown(default, name, kind))
+            for name, kind in _option_types(type(self)).items()
+        ]
+        changed = tuple((name, text) for name, text, standard in shown if text != standard)
+        return print_pipeline([Element(self.name, changed)])
+
+    def options(self) -> dict[str, Json]:
+        """All options as JSON values; a selector, an enum and a float that JSON lacks are given as text."""
+        return {name: _json(getattr(self, name), kind) for name, kind in _option_types(type(self)).items()}
+
+
+@dataclass(frozen=True)
+class OptionDescription:
+    """One option: its name, its type in words, its default as text and as a JSON value, a line of help."""
+
+    name: str
+    type: str
+    default: str
+    default_value: Json
+    help: str
+
+
+@dataclass(frozen=True)
+class PassDescription:
+    """What a user is told about a pass: `summary` is the first line of its docstring `doc`."""
+
+    name: str
+    summary: str
+    doc: str
+    options: tuple[OptionDescription, ...]
+
+
+def describe(pass_class: type[Pass]) -> PassDescription:
+    """The description of a pass class, the one source of its help, its docs and its part of the report.
+
+    Raises `RewriteError` when the class is not a frozen dataclass, or an option lacks a default, has a type
+    that options cannot have, or a name that `Pass` itself uses.
+    """
+    kinds = _option_types(pass_class)
+    default = pass_class()
+    options = tuple(_describe_option(default, name, kind) for name, kind in kinds.items())
+    doc = _doc(pass_class)
+    return PassDescription(pass_class.name, doc.partition("\n")[0], doc, options)
+
+
+def _describe_option(default: Pass, name: str, kind: OptionType) -> OptionDescription:
+    return OptionDescription(
+        name=name,
+        type=kind.label,
+        default=_shown(default, name, kind),
+        default_value=_json(getattr(default, name), kind),
+        help=_as_dataclass(type(default)).__dataclass_fields__[name].metadata.get("help", ""),
+    )
+
+
+def _option_types(cls: type[Pass]) -> dict[str, OptionType]:
+    """The option type of each field; raises `RewriteError` for a class that breaks the rules of `Pass`."""
+    fields = dataclasses.fields(_as_dataclass(cls))
+    hints = typing.get_type_hints(cls)
+    for field in fields:
+        where = f"option '{field.name}' of pass class {cls.__name__}"
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise RewriteError(f"{where} needs a default")
+        if hasattr(Pass, field.name) or field.name == "name":
+            raise RewriteError(f"{where} takes a name that every pass uses; rename it")
+        try:
+            option_type(hints[field.name])
+        except RewriteError as error:
+            raise RewriteError(f"{where}: {error}") from None
+    return {field.name: option_type(hints[field.name]) for field in fields}
+
+
+def _as_dataclass(cls: type[Pass]) -> Any:
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise RewriteError(f"pass class {cls.__name__} must be decorated with @dataclass(frozen=True)")
+    return cls
+
+
+def _converted(cls: type[Pass], name: str, kind: OptionType, convert: Any, value: object) -> Any:
+    try:
+        return convert(value)
+    except (ValueError, TypeError, OverflowError):
+        raise OptionError(
+            f"option '{name}' of pass '{cls.name}' expects {kind.label}, got {value!r}", name
+        ) from None
+    except RewriteError as error:
+        raise OptionError(f"option '{name}' of pass '{cls.name}': {error}", name) from None
+
+
+def _shown(pass_: Pass, name: str, kind: OptionType) -> str:
+    text: str = _converted(type(pass_), name, kind, kind.show, getattr(pass_, name))
+    return text
+
+
+def _json(value: object, kind: OptionType) -> Json:
+    if value is None or type(value) in (bool, int, str):
+        return typing.cast(Json, value)
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return kind.show(value)
+
+
+def _doc(cls: type[Pass]) -> str:
+    doc = vars(cls).get("__doc__") or ""
+    # a dataclass without a docstring gets its signature as one
+    return "" if doc.startswith(f"{cls.__name__}(") else inspect.cleandoc(doc)

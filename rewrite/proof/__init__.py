@@ -1,0 +1,1 @@
+"""What a pass can promise, and the proof that it kept its word."""

@@ -1,0 +1,69 @@
+"""An inserted layer against the formula that its pass gives for it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rewrite.graph.edit import Change
+from rewrite.numerics.compare import relative_error
+from rewrite.numerics.exact import ExactArithmetic
+from rewrite.pipeline.pass_ import Pass
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A layer and its formula on the same inputs: the error of the outputs, and the gradients of all variables."""
+
+    error: float
+    got: Gradients
+    wanted: Gradients
+
+
+def formula_error(step: Pass, change: Change, recorded: Sequence[torch.Tensor]) -> float:
+    """The largest relative error of outputs and gradients in float64, on the recorded inputs and on normal ones.
+
+    A gradient counts relative to the larger of the two: where a layer is saturated its gradient is rounding alone.
+    """
+    assert change.new is not None
+    layer = copy.deepcopy(change.new).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    real = [t.detach().double() if t.is_floating_point() else t for t in recorded]
+    normal = [_normal(t, generator) if t.is_floating_point() else t for t in real]
+    first, second = (_compared(step, change.old, layer, inputs, generator) for inputs in (real, normal))
+    pairs = zip(zip(first.got, second.got, strict=True), zip(first.wanted, second.wanted, strict=True), strict=True)
+    return max(first.error, second.error, *(_gradient_error(got, wanted) for got, wanted in pairs))
+
+
+def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+
+def _compared(step: Pass, old: nn.Module | None, layer: nn.Module, inputs: Sequence[torch.Tensor],
+              generator: torch.Generator) -> _Compared:
+    variables = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    with ExactArithmetic():
+        got = layer(*variables)
+    wanted = step.reference(old, layer, *variables)
+    weights = _normal(got, generator)
+    sources = [t for t in [*variables, *layer.parameters()] if t.requires_grad]
+    left, right = (torch.autograd.grad((value * weights).sum(), sources, allow_unused=True) for value in (got, wanted))
+    return _Compared(relative_error(wanted, got), left, right)
+
+
+def _gradient_error(got: Gradients, wanted: Gradients) -> float:
+    """The relative error of one variable's gradients, those of both runs taken together."""
+    if any((g is None) != (w is None) for g, w in zip(got, wanted, strict=True)):
+        return math.inf
+    return relative_error(_joined(wanted), _joined(got))
+
+
+def _joined(gradients: Gradients) -> torch.Tensor:
+    return torch.cat([g.reshape(-1) for g in gradients if g is not None] or [torch.zeros(0)])
