@@ -18,6 +18,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Without dependencies: torchvision would bring the torch of its own build, the MiniLM package sentence-transformers,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rewrite.lowering.flat import evaluated
+
 if TYPE_CHECKING:
     from rewrite.graph.program import LayerGraph, Program
 
@@ -30,10 +32,3 @@ class Inference:
 def lower(program: Program) -> Inference:
     """A callable over a copy of the program in evaluation mode, bit-identical to ``program.module.eval()``."""
     return Inference(evaluated(program))
-
-
-def evaluated(program: Program) -> LayerGraph:
-    """A copy of the program's module in evaluation mode; the program is left as it is."""
-    module = program.clone().module
-    module.eval()
-    return module

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .eager import Inference, evaluated
+from rewrite.lowering.flat import evaluated
+
+from .eager import Inference
 
 if TYPE_CHECKING:
     from rewrite.graph.program import Program

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rewrite.backends.onnx.export import check, need, reason, write
+from rewrite.backends.onnx.check import check
+from rewrite.backends.onnx.convert import need, reason
+from rewrite.backends.onnx.export import write
 from rewrite.backends.onnx.session import CPU, CUDA, Session
 from rewrite.errors import RewriteError
 from rewrite.lowering.flat import flat_outputs
@@ -34,7 +36,7 @@ class OnnxInference:
     @property
     def providers(self) -> list[str]:
         """ONNX Runtime's execution providers in use, the preferred one first."""
-        return self.session.providers
+        return list(self.session.providers)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self.session(self.interface.bind(args, kwargs))
@@ -68,8 +70,10 @@ def _providers(asked: Sequence[str] | None) -> list[str]:
     names = [_SHORT.get(name, name) for name in ([asked] if isinstance(asked, str) else asked)]
     for name in names:
         if name not in available:
-            raise RewriteError(f"this ONNX Runtime has no {name}; it has {', '.join(available)}"
-                               + "; CUDA is in the package onnxruntime-gpu" * (name == CUDA))
+            raise RewriteError(
+                f"this ONNX Runtime has no {name}; it has {', '.join(available)}"
+                + "; CUDA is in the package onnxruntime-gpu" * (name == CUDA)
+            )
     if CUDA in names and not _has_cuda():
         raise RewriteError("PyTorch sees no CUDA device, so ONNX Runtime cannot be given one: leave providers out")
     return names
@@ -88,12 +92,15 @@ def _opened(file: Path, providers: list[str], asked: bool) -> Session:
     try:
         session = Session(file, providers)
     except Exception as error:
-        raise RewriteError(f"ONNX Runtime cannot run the program on {', '.join(providers)}: {reason(error)}; "
-                           "other lowerings do not need it") from error
+        raise RewriteError(
+            f"ONNX Runtime cannot run the program on {', '.join(providers)}: {reason(error)}; other lowerings do not need it"
+        ) from error
     missing = [name for name in providers if name not in session.providers]
     if missing:
-        line = (f"ONNX Runtime cannot start {', '.join(missing)}: are the libraries it was built for installed, "
-                f"CUDA {getattr(onnxruntime, 'cuda_version', '')} and cuDNN?")
+        line = (
+            f"ONNX Runtime cannot start {', '.join(missing)}: are the libraries it was built for installed, "
+            f"CUDA {getattr(onnxruntime, 'cuda_version', '')} and cuDNN?"
+        )
         if asked:
             raise RewriteError(line)
         warnings.warn(f"{line} It runs on the CPU.", stacklevel=3)

@@ -37,8 +37,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     warnings.simplefilter("ignore")
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-          f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}, {rounds} rounds\n")
+    print(
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}, {rounds} rounds\n"
+    )
     overhead(rounds)
     growth(max(rounds // 2, 1))
     help_time(rounds)
@@ -47,13 +49,16 @@ def main() -> None:
 def vit_tiny() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     mend_torchvision()
     import timm
+
     return timm.create_model("vit_tiny_patch16_224"), (torch.randn(2, 3, 224, 224),), {}
 
 
 def llama(layers: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     from transformers import LlamaConfig, LlamaModel
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-                         vocab_size=128)
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, vocab_size=128
+    )
     return LlamaModel(config), (), {"input_ids": torch.randint(0, 128, (2, 16))}
 
 
@@ -80,9 +85,15 @@ def one_round(build: Callable[[], Any]) -> dict[str, float]:
     check = program.origin.seconds["check"]
     _, new = seconds(lambda: rewrite.apply(program, "dyt"))
     record = new.history[-1]
-    return {"torch.export": alone, "capture": whole - check, "of it lift": program.origin.seconds["lift"],
-            "dyt": record.seconds, "check trace": check, "verification": record.verification.seconds,
-            "ratio": (whole - check + record.seconds) / alone}
+    return {
+        "torch.export": alone,
+        "capture": whole - check,
+        "of it lift": program.origin.seconds["lift"],
+        "dyt": record.seconds,
+        "check trace": check,
+        "verification": record.verification.seconds,
+        "ratio": (whole - check + record.seconds) / alone,
+    }
 
 
 def overhead(rounds: int) -> None:
@@ -92,8 +103,11 @@ def overhead(rounds: int) -> None:
         one_round(build)
         found = [one_round(build) for _ in range(rounds)]
         m = {key: statistics.median(r[key] for r in found) for key in found[0]}
-        print(f"| {name} | {m['torch.export']:.2f} s | {m['capture']:.2f} s | {m['of it lift']:.2f} s | {m['dyt']:.2f} s "
-              f"| {m['ratio']:.2f} | {m['check trace']:.2f} s | {m['verification']:.2f} s |", flush=True)
+        print(
+            f"| {name} | {m['torch.export']:.2f} s | {m['capture']:.2f} s | {m['of it lift']:.2f} s | {m['dyt']:.2f} s "
+            f"| {m['ratio']:.2f} | {m['check trace']:.2f} s | {m['verification']:.2f} s |",
+            flush=True,
+        )
 
 
 def growth(rounds: int) -> None:
@@ -107,8 +121,11 @@ def growth(rounds: int) -> None:
             new = rewrite.apply(program, "dyt", verify=False)
             rows.append((program.origin.seconds["export"], program.origin.seconds["lift"], new.history[-1].seconds))
         export, lift, dyt = (statistics.median(r[i] for r in rows) for i in range(3))
-        print(f"| {layers} | {len(program.graph.nodes)} | {export:.2f} s | {lift:.3f} s | {dyt:.3f} s "
-              f"| {1000 * (lift + dyt) / layers:.1f} |", flush=True)
+        print(
+            f"| {layers} | {len(program.graph.nodes)} | {export:.2f} s | {lift:.3f} s | {dyt:.3f} s "
+            f"| {1000 * (lift + dyt) / layers:.1f} |",
+            flush=True,
+        )
 
 
 def help_time(rounds: int) -> None:

@@ -53,8 +53,10 @@ class Candidate:
     def row(self, baseline: Candidate) -> str:
         """One line of the table."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (f"{self.name:<24}{1e3 * self.median:>10.2f}{1e3 * low:>10.2f} .. {1e3 * high:<8.2f}"
-                f"{baseline.median / self.median:>6.2f}x{self.preparation:>10.1f}{self.error:>12.1e}")
+        return (
+            f"{self.name:<24}{1e3 * self.median:>10.2f}{1e3 * low:>10.2f} .. {1e3 * high:<8.2f}"
+            f"{baseline.median / self.median:>6.2f}x{self.preparation:>10.1f}{self.error:>12.1e}"
+        )
 
 
 def of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Candidate:
@@ -112,8 +114,10 @@ def environment(device: str) -> str:
     on = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device == "cuda":
         on = torch.cuda.get_device_name()
-    return (f"{on}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
-            f"ONNX Runtime {onnxruntime.__version__}, rewrite {rewrite.__version__}")
+    return (
+        f"{on}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
+        f"ONNX Runtime {onnxruntime.__version__}, rewrite {rewrite.__version__}"
+    )
 
 
 def case_of(name: str) -> Case:

@@ -62,8 +62,10 @@ def main() -> None:
 def cases(what: str) -> list[Any]:
     if what == "stress":
         from tests.models.stress import stress_cases
+
         return list(stress_cases())
     from tests.models import zoo
+
     return list(zoo.timm_cases() if what == "timm" else zoo.transformers_cases())
 
 
@@ -73,7 +75,7 @@ def run_all(what: str, names: list[str], output: Path, limit: int) -> None:
     chosen.sort(key=lambda c: names.index(c.name) if names else 0)
     for start in range(0, len(chosen), BATCH):
         with tempfile.TemporaryDirectory() as folder:
-            results = {case.name: timed(case, what, Path(folder), limit) for case in chosen[start:start + BATCH]}
+            results = {case.name: timed(case, what, Path(folder), limit) for case in chosen[start : start + BATCH]}
             load_elsewhere(Path(folder), results)
         with output.open("a") as file:
             file.writelines(json.dumps(result) + "\n" for result in results.values())
@@ -112,14 +114,22 @@ def one(case: Any, folder: Path) -> dict[str, Any]:
     steps: dict[str, str] = {}
     program = rewrite.capture(model, *inputs)
     steps["capture"] = "ok"
-    facts = {"opaque": [str(o) for o in program.opaque], "notes": list(program.origin.notes),
-             "nodes": len(program.graph.nodes), "capture_seconds": dict(program.origin.seconds)}
+    facts = {
+        "opaque": [str(o) for o in program.opaque],
+        "notes": list(program.origin.notes),
+        "nodes": len(program.graph.nodes),
+        "capture_seconds": dict(program.origin.seconds),
+    }
     attempt(steps, "eval", lambda: compare(model, program.module, inputs, training=False))
     attempt(steps, "train", lambda: compare(model, program.module, inputs, training=True))
     attempt(steps, "other size", lambda: compare(model, program.module, case.inputs(3, 20), training=False))
     for name, check in (("bfloat16", cast), ("double", doubled)):
-        attempt(steps, name, lambda check=check: check(model, program.module, inputs),
-                lambda check=check: check(model, model, inputs))
+        attempt(
+            steps,
+            name,
+            lambda check=check: check(model, program.module, inputs),
+            lambda check=check: check(model, model, inputs),
+        )
     attempt(steps, "meta", lambda: moved(program.module, inputs), lambda: moved(model, inputs))
     found: dict[str, Any] = {}
 
@@ -138,8 +148,7 @@ def one(case: Any, folder: Path) -> dict[str, Any]:
     return {"steps": steps, **facts}
 
 
-def attempt(steps: dict[str, str], name: str, action: Callable[[], str],
-            original: Callable[[], str] = lambda: "ok") -> None:
+def attempt(steps: dict[str, str], name: str, action: Callable[[], str], original: Callable[[], str] = lambda: "ok") -> None:
     """Note how a step went; where it fails, whether it fails for the ``original`` too."""
     try:
         steps[name] = action()
@@ -157,12 +166,14 @@ def words(error: BaseException) -> str:
 
 def widen(inputs: Inputs) -> Inputs:
     found: Inputs = pytree.tree_map(
-        lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs)
+        lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs
+    )
     return found
 
 
-def outcome(module: nn.Module, inputs: Inputs, training: bool, *, gradients: bool = True
-            ) -> tuple[list[Any], dict[str, Any]]:
+def outcome(
+    module: nn.Module, inputs: Inputs, training: bool, *, gradients: bool = True
+) -> tuple[list[Any], dict[str, Any]]:
     """Outputs and gradients of a fixed function of them, from a copy, random layers seeded by the order of draws."""
     copied = clone(module).train(training)
     args, kwargs = copy.deepcopy(inputs)
@@ -182,6 +193,7 @@ def seed_everything() -> None:
     import random
 
     import numpy
+
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
@@ -189,6 +201,7 @@ def seed_everything() -> None:
 
 def rewrite_signature(module: nn.Module) -> Any:
     import inspect
+
     return inspect.signature(module.forward).parameters
 
 
@@ -220,7 +233,8 @@ def doubled(model: nn.Module, module: nn.Module, inputs: Inputs) -> str:
 def cast(model: nn.Module, module: nn.Module, inputs: Inputs) -> str:
     """In bfloat16: equal, or no further from the float64 model than 1.5 times what the original is."""
     narrow: Inputs = pytree.tree_map(
-        lambda v: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs)
+        lambda v: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs
+    )
     a, _ = outcome(clone(model).bfloat16(), narrow, False, gradients=False)
     b, _ = outcome(clone(module).bfloat16(), narrow, False, gradients=False)
     if all(x.dtype == y.dtype and relative_error(x, y) == 0 for x, y in zip(a, b, strict=True)):
@@ -275,8 +289,11 @@ def reloaded(folder: Path) -> str:
     inputs, expected = torch.load(folder / "expected.pt", weights_only=True)
     outputs, _ = outcome(program.module, inputs, False, gradients=False)
     args, kwargs = inputs
-    plain = [t for t in pytree.tree_leaves(torch.export.load(folder / "x.pt2").module()(*args, **kwargs))
-             if isinstance(t, torch.Tensor)]
+    plain = [
+        t
+        for t in pytree.tree_leaves(torch.export.load(folder / "x.pt2").module()(*args, **kwargs))
+        if isinstance(t, torch.Tensor)
+    ]
     gap = max((relative_error(x, y) for x, y in zip(expected, outputs, strict=True)), default=0.0)
     other = max((relative_error(x, y) for x, y in zip(expected, plain, strict=True)), default=0.0)
     ok = gap == 0 and other <= 1e-5 and len(program.history) == 1
@@ -310,8 +327,9 @@ def report(files: list[Path]) -> None:
             tried = [r["steps"][name] for r in chosen if name in r["steps"]]
             good, beyond = sum(v == "ok" for v in tried), sum(v.startswith(BEYOND) for v in tried)
             print(f"| {name} | {good} of {len(chosen)} | {beyond} | {len(tried) - good - beyond} |")
-        whole = sum(all(r["steps"].get(s) == "ok" or r["steps"].get(s, "").startswith(BEYOND) for s in STEPS)
-                    for r in chosen)
+        whole = sum(
+            all(r["steps"].get(s) == "ok" or r["steps"].get(s, "").startswith(BEYOND) for s in STEPS) for r in chosen
+        )
         print(f"\nEvery step as it should be, where the original can: {whole} of {len(chosen)}.\n")
         causes: dict[str, list[str]] = collections.defaultdict(list)
         for row in chosen:

@@ -1,7 +1,7 @@
 """Write docs/passes.md from what the built-in passes say about themselves.
 
-    python docs/make_passes.py            write the page
-    python docs/make_passes.py --check    exit 1 if the page is not up to date
+python docs/make_passes.py            write the page
+python docs/make_passes.py --check    exit 1 if the page is not up to date
 """
 
 from __future__ import annotations

@@ -107,8 +107,19 @@ def gpt_rewritten_and_trained_on() -> nn.Module:
     torch.save(model, path)
     say("Its class is in examples/char_gpt.py and no installed package, so the file is not read unless we trust it.")
     # alpha 1 starts nearer to this model's norms than the default, 0.5, does
-    command(["rewrite", "apply", os.path.relpath(path, HERE), "--pass", "dyt{alpha=1}", "--trust-pickle",
-             "--inputs", f"int64[2,{char_gpt.CONTEXT};0..{len(char_gpt.ALPHABET)}]"], HERE)
+    command(
+        [
+            "rewrite",
+            "apply",
+            os.path.relpath(path, HERE),
+            "--pass",
+            "dyt{alpha=1}",
+            "--trust-pickle",
+            "--inputs",
+            f"int64[2,{char_gpt.CONTEXT};0..{len(char_gpt.ALPHABET)}]",
+        ],
+        HERE,
+    )
     rewritten: nn.Module = torch.load(path.with_suffix(".dyt.pt"), weights_only=False)
     train_on(model, rewritten)
     return rewritten
@@ -201,8 +212,11 @@ def sentence_encoder() -> None:
     path = rewrite.save(program, FOLDER / "minilm.pt2")
     loaded = rewrite.load(path)
     layers = Counter(type(layer).__name__ for _, layer in program.layers())
-    say(f"{len(program.graph.nodes)} nodes: " + ", ".join(f"{n} {name}" for name, n in layers.most_common(4))
-        + f", ...; {len(program.opaque)} hidden from passes; {path.stat().st_size / 1e6:.0f} MB written")
+    say(
+        f"{len(program.graph.nodes)} nodes: "
+        + ", ".join(f"{n} {name}" for name, n in layers.most_common(4))
+        + f", ...; {len(program.opaque)} hidden from passes; {path.stat().st_size / 1e6:.0f} MB written"
+    )
     wanted = [embeddings(model, side) for side in pairs]
     found = [embeddings(loaded.module, side) for side in pairs]
     table = titled("cosine similarity", "", "", "model", "loaded")
@@ -292,8 +306,14 @@ def _count(model: nn.Module) -> int:
 def _versions() -> str:
     libraries = [f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "onnx")]
     runtime = importlib.import_module("onnxruntime")  # its package goes by several names
-    return ", ".join([f"Python {platform.python_version()}", *libraries, f"onnxruntime {runtime.__version__}",
-                      f"{torch.get_num_threads()} threads"])
+    return ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *libraries,
+            f"onnxruntime {runtime.__version__}",
+            f"{torch.get_num_threads()} threads",
+        ]
+    )
 
 
 def _shown(folder: Path) -> str:

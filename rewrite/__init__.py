@@ -13,19 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rewrite.files.store import load, save
+    from rewrite.frontend.capture import capture
+    from rewrite.graph.program import Program
+    from rewrite.lowering.graft import graft
+    from rewrite.lowering.lower import export_onnx, lower
+    from rewrite.numerics.compare import verify
+    from rewrite.pipeline.crash import VerificationError
+    from rewrite.pipeline.pass_ import Pass, option
+    from rewrite.pipeline.registry import get_pass, pass_names
+    from rewrite.pipeline.run import apply
+    from rewrite.pipeline.select import Selector
+    from rewrite.proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
+
     from .errors import RewriteError
-    from .files.store import load, save
-    from .frontend.capture import capture
-    from .graph.program import Program
-    from .lowering.graft import graft
-    from .lowering.lower import export_onnx, lower
-    from .numerics.compare import verify
-    from .pipeline.pass_ import Pass, option
-    from .pipeline.registry import get_pass, pass_names
-    from .pipeline.run import apply
-    from .pipeline.select import Selector
-    from .proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
-    from .proof.prove import VerificationError
 
 __version__ = "0.1.0"
 
@@ -61,12 +62,12 @@ _HOMES = {
     "lowering.graft": ["graft"],
     "lowering.lower": ["export_onnx", "lower"],
     "numerics.compare": ["verify"],
+    "pipeline.crash": ["VerificationError"],
     "pipeline.pass_": ["Pass", "option"],
     "pipeline.registry": ["get_pass", "pass_names"],
     "pipeline.run": ["apply"],
     "pipeline.select": ["Selector"],
     "proof.contract": ["CLOSE", "ESTIMATE", "NEW", "SAME", "Contract"],
-    "proof.prove": ["VerificationError"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

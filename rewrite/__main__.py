@@ -1,6 +1,6 @@
 """`python -m rewrite` is the command line."""
 
-from .cli.commands import main
+from rewrite.cli.commands import main
 
 if __name__ == "__main__":
     main()

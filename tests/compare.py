@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewrite import Program
-from rewrite.frontend import capture
+from rewrite import Program, capture
 
 from .models import stress, zoo
 from .models.zoo import Case
@@ -101,9 +100,15 @@ def observe(module: nn.Module, args: Any, kwargs: Any, *, train: bool, seed: int
     leaves = [*named.values(), *(s for s in sources if s.requires_grad)]
     loss = sum((_projected(t) for t in outputs if t.requires_grad), torch.zeros((), dtype=torch.float64))
     found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
-    return Observed([t.detach() for t in outputs], dict(zip(named, found, strict=False)), list(found[len(named):]),
-                    {n: b.clone() for n, b in module.named_buffers()}, [t.detach() for t in live], state,
-                    pytree.tree_structure(output))
+    return Observed(
+        [t.detach() for t in outputs],
+        dict(zip(named, found, strict=False)),
+        list(found[len(named) :]),
+        {n: b.clone() for n, b in module.named_buffers()},
+        [t.detach() for t in live],
+        state,
+        pytree.tree_structure(output),
+    )
 
 
 def _projected(output: Tensor) -> Tensor:
@@ -118,13 +123,15 @@ def tensors(value: Any) -> list[Tensor]:
 
 def differences(a: Observed, b: Observed) -> list[str]:
     """Everything in which two observations are not equal bit for bit, in words."""
-    return [*_unlike("output", dict(enumerate(a.outputs)), dict(enumerate(b.outputs))),
-            *_unlike("gradient", a.gradients, b.gradients),
-            *_unlike("input gradient", dict(enumerate(a.input_gradients)), dict(enumerate(b.input_gradients))),
-            *_unlike("buffer", a.buffers, b.buffers),
-            *_unlike("input", dict(enumerate(a.inputs)), dict(enumerate(b.inputs))),
-            *_unlike("random state", {"": a.random_state}, {"": b.random_state}),
-            *([] if a.structure == b.structure else [f"structure: {a.structure} against {b.structure}"])]
+    return [
+        *_unlike("output", dict(enumerate(a.outputs)), dict(enumerate(b.outputs))),
+        *_unlike("gradient", a.gradients, b.gradients),
+        *_unlike("input gradient", dict(enumerate(a.input_gradients)), dict(enumerate(b.input_gradients))),
+        *_unlike("buffer", a.buffers, b.buffers),
+        *_unlike("input", dict(enumerate(a.inputs)), dict(enumerate(b.inputs))),
+        *_unlike("random state", {"": a.random_state}, {"": b.random_state}),
+        *([] if a.structure == b.structure else [f"structure: {a.structure} against {b.structure}"]),
+    ]
 
 
 def _unlike(what: str, a: Mapping[Any, Tensor | None], b: Mapping[Any, Tensor | None]) -> Iterator[str]:
@@ -153,12 +160,15 @@ def _gap(a: Tensor | None, b: Tensor | None) -> str:
 
 def bytes_of(module: nn.Module) -> dict[str, tuple[int, Tensor]]:
     """Each parameter and buffer: its identity and a copy of its value."""
-    return {n: (id(t), t.detach().clone())
-            for n, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]}
+    return {
+        n: (id(t), t.detach().clone())
+        for n, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    }
 
 
 def untouched(module: nn.Module, before: Mapping[str, tuple[int, Tensor]]) -> bool:
     """Whether ``module`` still holds the same tensors with the same values as ``bytes_of`` saw."""
     after = bytes_of(module)
     return list(after) == list(before) and all(
-        after[n][0] == before[n][0] and same(after[n][1], before[n][1]) for n in before)
+        after[n][0] == before[n][0] and same(after[n][1], before[n][1]) for n in before
+    )

@@ -76,8 +76,7 @@ def test_functions_and_classes_are_all() -> None:
     assert RewriteError is rewrite.RewriteError
 
 
-def test_a_program_has_module_graph_opaque_and_history(program: rewrite.Program, model: nn.Module,
-                                                       x: torch.Tensor) -> None:
+def test_a_program_has_module_graph_opaque_and_history(program: rewrite.Program, model: nn.Module, x: torch.Tensor) -> None:
     assert isinstance(program.module, nn.Module)
     assert isinstance(program.graph, Graph)
     assert program.graph is program.module.graph

@@ -15,10 +15,17 @@ CUDA = "CUDAExecutionProvider"
 
 _FATAL, _WARNING = 4, 2  # severities from which ONNX Runtime prints log lines
 _TYPES: dict[str, tuple[torch.dtype, int]] = {  # ONNX Runtime's name to PyTorch's type and ONNX's number
-    "tensor(float)": (torch.float32, 1), "tensor(uint8)": (torch.uint8, 2), "tensor(int8)": (torch.int8, 3),
-    "tensor(int16)": (torch.int16, 5), "tensor(int32)": (torch.int32, 6), "tensor(int64)": (torch.int64, 7),
-    "tensor(bool)": (torch.bool, 9), "tensor(float16)": (torch.float16, 10), "tensor(double)": (torch.float64, 11),
-    "tensor(bfloat16)": (torch.bfloat16, 16)}
+    "tensor(float)": (torch.float32, 1),
+    "tensor(uint8)": (torch.uint8, 2),
+    "tensor(int8)": (torch.int8, 3),
+    "tensor(int16)": (torch.int16, 5),
+    "tensor(int32)": (torch.int32, 6),
+    "tensor(int64)": (torch.int64, 7),
+    "tensor(bool)": (torch.bool, 9),
+    "tensor(float16)": (torch.float16, 10),
+    "tensor(double)": (torch.float64, 11),
+    "tensor(bfloat16)": (torch.bfloat16, 16),
+}
 
 
 class Session:
@@ -38,7 +45,8 @@ class Session:
         settings = {CUDA: {"use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32))}}
         with _silenced():
             self.session = onnxruntime.InferenceSession(
-                file, options, providers=[(name, settings.get(name, {})) for name in providers])
+                file, options, providers=[(name, settings.get(name, {})) for name in providers]
+            )
         self.session.disable_fallback()
         self.providers: list[str] = self.session.get_providers()
         on_cuda = CUDA in self.providers
@@ -50,8 +58,10 @@ class Session:
         home = inputs[0].device if inputs else self.device
         place = (self.device.type, self.device.index or 0)
         bound = self.session.io_binding()
-        kept = [self._placed(name, dtype, value)  # a binding only holds addresses
-                for (name, dtype, _), value in zip(self.inputs, inputs, strict=True)]
+        kept = [
+            self._placed(name, dtype, value)  # a binding only holds addresses
+            for (name, dtype, _), value in zip(self.inputs, inputs, strict=True)
+        ]
         for (name, dtype, number), value in zip(self.inputs, kept, strict=True):
             # an empty tensor has no address, and is not read at any
             address = value.data_ptr() or torch.empty(1, dtype=dtype, device=self.device).data_ptr()
@@ -66,8 +76,10 @@ class Session:
 
     def _placed(self, name: str, dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
         if value.dtype != dtype:
-            raise TypeError(f"input {name!r} is {value.dtype}, the program takes {dtype}: convert it, or capture the "
-                            "model with such an input")
+            raise TypeError(
+                f"input {name!r} is {value.dtype}, the program takes {dtype}: convert it, or capture the "
+                "model with such an input"
+            )
         return value.detach().to(self.device).contiguous()
 
 

@@ -16,7 +16,7 @@ from rewrite.proof.contract import NEW, Contract
 
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
-    from rewrite.pipeline.run import Context
+    from rewrite.pipeline.context import Context
 
 
 class DynamicTanh(nn.Module):
@@ -30,8 +30,15 @@ class DynamicTanh(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, alpha: torch.Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None,
-                 normalized_shape: tuple[int, ...], channel_axis: int = -1, eps: float | None = None) -> None:
+    def __init__(
+        self,
+        alpha: torch.Tensor,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        normalized_shape: tuple[int, ...],
+        channel_axis: int = -1,
+        eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.alpha = nn.Parameter(alpha)
         self.register_parameter("weight", weight)
@@ -92,7 +99,7 @@ class DyT(Pass):
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """weight * (1 - e^(-2u)) / (1 + e^(-2u)) + bias with u = alpha x (odd in u), channels moved to the end and back."""
         assert isinstance(new, DynamicTanh)
-        x, = inputs
+        (x,) = inputs
         moved = x.movedim(new.channel_axis, -1)
         u = new.alpha * moved
         y = torch.where(u >= 0, _tanh_from_zero(u), -_tanh_from_zero(-u))

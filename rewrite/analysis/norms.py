@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.frontend.composites import SpelledNorm
 from rewrite.graph.nodes import module_stack, tensor_value
 from rewrite.graph.program import Program
+from rewrite.graph.spelled import SpelledNorm
 
 Kind = Literal["layer", "rms"]
 
@@ -66,8 +66,9 @@ def norm_of(program: Program, node: Node) -> Norm | None:
         return Norm(node, path, "layer", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, layer.bias, device)
     if isinstance(layer, nn.RMSNorm):
         return Norm(node, path, "rms", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, None, device)
-    return Norm(node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(),
-                layer.shift(), device)
+    return Norm(
+        node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(), layer.shift(), device
+    )
 
 
 def _device(layer: nn.Module, program: Program) -> torch.device:

@@ -16,8 +16,17 @@ from rewrite.graph.regions import Region
 from .norms import Norm
 
 _ADDS = (aten.add, aten.add_)
-_PASSING = (aten.reshape, aten.contiguous, aten.clone, aten.to, aten.flatten, aten.unflatten, aten.transpose,
-            aten.permute, aten.detach)
+_PASSING = (
+    aten.reshape,
+    aten.contiguous,
+    aten.clone,
+    aten.to,
+    aten.flatten,
+    aten.unflatten,
+    aten.transpose,
+    aten.permute,
+    aten.detach,
+)
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,11 @@ def passed_through(program: Program, node: Node) -> Node:
 def _carries(layer: nn.Module) -> bool:
     if isinstance(layer, Region):
         evaluation = layer.graphs.get("eval")
-        return evaluation is not None and all(n.op in ("placeholder", "output") for n in evaluation.nodes) \
+        return (
+            evaluation is not None
+            and all(n.op in ("placeholder", "output") for n in evaluation.nodes)
             and len(layer.graphs["train"].output_node().all_input_nodes) == 1
+        )
     return isinstance(layer, _DropoutNd | nn.Identity)
 
 

@@ -42,21 +42,39 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Passes = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="TEXT", show_default=False,
-                                           help="A pass, such as dyt{alpha=0.8}; repeat for several.")]
-Pipeline = Annotated[str, typer.Option(metavar="TEXT", show_default=False,
-                                       help="All passes in one text, separated by commas.")]
-Inputs = Annotated[list[str] | None, typer.Option(metavar="SPEC", show_default=False,
-                                           help="Example inputs: 2x3x224x224, input_ids=int64[2,16;0..100], or a .pt "
-                                                "file; inferred where the model tells.")]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="A state_dict or .safetensors to load first.",
-                                              show_default=False)]
-Data = Annotated[Path | None, typer.Option(metavar="FILE", show_default=False,
-                                           help="Samples for passes that ask for data, saved by torch.save.")]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass", "-p", metavar="TEXT", show_default=False, help="A pass, such as dyt{alpha=0.8}; repeat for several."
+    ),
+]
+Pipeline = Annotated[
+    str, typer.Option(metavar="TEXT", show_default=False, help="All passes in one text, separated by commas.")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPEC",
+        show_default=False,
+        help="Example inputs: 2x3x224x224, input_ids=int64[2,16;0..100], or a .pt file; inferred where the model tells.",
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A state_dict or .safetensors to load first.", show_default=False)
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", show_default=False, help="Samples for passes that ask for data, saved by torch.save."),
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seeds inputs, random weights and the proof.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not prove what the passes promise.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run whatever code a pickle or folder holds.")]
@@ -71,8 +89,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True,
-                                          callback=_print_version)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """A compiler for model surgery: named, checked rewrites of PyTorch models."""
 
@@ -82,16 +101,24 @@ def apply(
     model: ModelName,
     passes: Passes = None,
     pipeline: Pipeline = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", show_default=False,
-                                                help="A .pt, .pt2, .onnx or .safetensors file; by default "
-                                                     "model.pt becomes model.PASS.pt.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            show_default=False,
+            help="A .pt, .pt2, .onnx or .safetensors file; by default model.pt becomes model.PASS.pt.",
+        ),
+    ] = None,
     inputs: Inputs = None,
     weights: Weights = None,
     data: Data = None,
     seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write no model.")] = False,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write what happened as JSON.",
-                                                show_default=False)] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write what happened as JSON.", show_default=False)
+    ] = None,
     no_verify: NoVerify = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -106,8 +133,9 @@ def apply(
 
 
 @app.command()
-def passes(name: Annotated[str, typer.Argument(help="A pass to tell about.", show_default=False)] = "",
-           as_json: AsJson = False) -> None:
+def passes(
+    name: Annotated[str, typer.Argument(help="A pass to tell about.", show_default=False)] = "", as_json: AsJson = False
+) -> None:
     """List the passes, or tell what one does, promises and takes."""
     from rewrite.pipeline.registry import pass_names
 
@@ -121,8 +149,9 @@ def passes(name: Annotated[str, typer.Argument(help="A pass to tell about.", sho
 
 
 @app.command()
-def show(model: ModelName, inputs: Inputs = None, weights: Weights = None, seed: Seed = 0,
-         trust_pickle: TrustPickle = False) -> None:
+def show(
+    model: ModelName, inputs: Inputs = None, weights: Weights = None, seed: Seed = 0, trust_pickle: TrustPickle = False
+) -> None:
     """Show what passes see of a model: inputs, layers, norms, and the parts they cannot see into."""
     from .job import Model
     from .render import show_program
@@ -136,8 +165,9 @@ def show(model: ModelName, inputs: Inputs = None, weights: Weights = None, seed:
 @app.command()
 def export(
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="An .onnx or .pt2 file.",
-                                         show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="An .onnx or .pt2 file.", show_default=False)
+    ],
     passes: Passes = None,
     pipeline: Pipeline = "",
     inputs: Inputs = None,

@@ -157,7 +157,7 @@ class Outcome:
     @property
     def records(self) -> tuple[Record, ...]:
         """What the passes of this job did; the program's history may begin before it."""
-        return self.program.history[self.earlier:]
+        return self.program.history[self.earlier :]
 
     def to_json(self) -> str:
         """The report: where everything came from, what capture saw, a record for each pass, where the result is."""
@@ -170,16 +170,22 @@ class Outcome:
         }
         report = {
             "versions": self.versions,
-            "model": {"spec": model.spec, "class": origin.model_class, "weights": _text(model.weights),
-                      "inputs": list(model.inputs), "parameters": parameter_count(self.before)},
+            "model": {
+                "spec": model.spec,
+                "class": origin.model_class,
+                "weights": _text(model.weights),
+                "inputs": list(model.inputs),
+                "parameters": parameter_count(self.before),
+            },
             "pipeline": ",".join(record.text for record in self.records),
             "seed": model.seed,
             "data": None if self.job.data is None else {"path": str(self.job.data), "sha256": self.data_sha256},
             "capture": capture,
-            "earlier": [record.to_json() for record in self.program.history[:self.earlier]],
+            "earlier": [record.to_json() for record in self.program.history[: self.earlier]],
             "passes": [record.to_json() for record in self.records],
-            "output": None if self.job.dry_run else {"path": str(self.written.path), "kind": self.written.kind,
-                                                     "reason": self.written.reason},
+            "output": None
+            if self.job.dry_run
+            else {"path": str(self.written.path), "kind": self.written.kind, "reason": self.written.reason},
             "seconds": self.seconds,
         }
         return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
@@ -198,8 +204,9 @@ def _read_data(path: Path | None) -> tuple[Any, str | None]:
         raise RewriteError(f"--data: there is no file {path}") from None
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RewriteError(f"--data: cannot read {path}: {line}; save tensors, tuples and dicts of them "
-                           "with torch.save") from None
+        raise RewriteError(
+            f"--data: cannot read {path}: {line}; save tensors, tuples and dicts of them with torch.save"
+        ) from None
 
 
 def _text(path: Path | None) -> str | None:

@@ -39,8 +39,9 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         console.print(records_table(outcome.records))
     if program.opaque:
         count = len(program.opaque)
-        console.print(f"{_number(count, 'part')} passes cannot see into: rewrite show {spec}", style="yellow",
-                      soft_wrap=True)
+        console.print(
+            f"{_number(count, 'part')} passes cannot see into: rewrite show {spec}", style="yellow", soft_wrap=True
+        )
     for note in program.origin.notes:
         console.print(Text(f"note: {note}", "yellow"))
     written = outcome.written
@@ -210,8 +211,7 @@ def _sections(program: Program) -> Iterator[tuple[str, RenderableType]]:
     yield "layers", _counted(_layer_types(program))
     yield "functions", _counted(_function_names(program))
     yield "norms", Group(*_norms(program) or [Text("no LayerNorm or RMSNorm in any spelling")])
-    parts = [Text.assemble((part.path or "(the model)", "bold"), f" {part.kind}: {part.reason}")
-             for part in program.opaque]
+    parts = [Text.assemble((part.path or "(the model)", "bold"), f" {part.kind}: {part.reason}") for part in program.opaque]
     yield "opaque", Group(*parts or [Text("nothing: passes see every part")])
     for note in program.origin.notes:
         yield "note", Text(note, "yellow")
@@ -242,8 +242,7 @@ def _inputs(program: Program) -> list[RenderableType]:
     for dimension in program.dimensions:
         mark = " dynamic" if dimension.dynamic else ""
         shapes.setdefault(dimension.input, []).append(f"{dimension.size}{mark}")
-    return [Text.assemble((name, "bold"), f" {dtypes.get(name, '')} [{', '.join(sizes)}]")
-            for name, sizes in shapes.items()]
+    return [Text.assemble((name, "bold"), f" {dtypes.get(name, '')} [{', '.join(sizes)}]") for name, sizes in shapes.items()]
 
 
 def _layer_types(program: Program) -> Counter[str]:

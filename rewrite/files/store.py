@@ -23,36 +23,23 @@ from unittest import mock
 import safetensors.torch
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import _package as archive
-from torch.fx import Graph
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rewrite.errors import RewriteError
-from rewrite.frontend.capture import from_exported
-from rewrite.frontend.skeleton import Constants
-from rewrite.frontend.trace import Inputs, export_program, quiet, widened
+from rewrite.frontend.exported import from_exported
 from rewrite.graph.codegen import keyword_safe
-from rewrite.graph.edit import Fakes, fake_value
+from rewrite.graph.export import Inputs, export_program, widened
 from rewrite.graph.history import Record
-from rewrite.graph.nodes import attribute
+from rewrite.graph.layers import Constants
 from rewrite.graph.program import Dimension, LayerGraph, Opaque, Origin, Program
 from rewrite.graph.regions import Region
+from rewrite.sources.installed import is_installed
 
-from .modules import (
-    decode,
-    decode_graph,
-    decode_interface,
-    decode_module,
-    encode_graph,
-    encode_interface,
-    encode_module,
-    import_homes,
-    is_installed,
-    operator_homes,
-    plain_spec,
-)
+from .graphs import decode_graph, encode_graph, import_homes, operator_homes
+from .interfaces import decode_interface, encode_interface, plain_spec
+from .modules import decode_module, encode_module
+from .revalue import revalue
 from .staging import Staging, explained
 
 _FORMAT = 1
@@ -72,8 +59,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> Path:
     exported = _exported(program)
     held = dict(exported.state_dict)
     extra = {n: t.contiguous().clone() for n, t in named_tensors(program.module).items() if n not in held}
-    files = {_LAYERS: json.dumps(layers), _TENSORS: safetensors.torch.save(extra).hex(),
-             _EXAMPLES: _examples(program).hex()}
+    files = {_LAYERS: json.dumps(layers), _TENSORS: safetensors.torch.save(extra).hex(), _EXAMPLES: _examples(program).hex()}
     with explained(target), Staging() as staging, keyword_safe():
         archive.package_pt2(str(staging.path(target)), exported_programs={"model": exported}, extra_files=files)
     return target
@@ -90,18 +76,29 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _encoded(program: Program) -> dict[str, Any]:
     tied: dict[int, list[str]] = {}
-    for name, tensor in [*program.module.named_parameters(remove_duplicate=False),
-                         *program.module.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *program.module.named_parameters(remove_duplicate=False),
+        *program.module.named_buffers(remove_duplicate=False),
+    ]:
         tied.setdefault(id(tensor), []).append(name)
-    return {"format": _FORMAT, "torch": torch.__version__, "graph": encode_graph(program.graph),
-            "modules": encode_module(program.module), "interface": encode_interface(program.module.interface),
-            "operators": operator_homes(program.module, program.graph),
-            "tied": [names for names in tied.values() if len(names) > 1],
-            "dimensions": [asdict(d) for d in program.dimensions], "opaque": [asdict(o) for o in program.opaque],
-            "origin": {"model_class": program.origin.model_class, "seconds": dict(program.origin.seconds),
-                       "parameter_shapes": {k: list(v) for k, v in program.origin.parameter_shapes.items()},
-                       "notes": list(program.origin.notes)},
-            "history": [record.to_json() for record in program.history]}
+    return {
+        "format": _FORMAT,
+        "torch": torch.__version__,
+        "graph": encode_graph(program.graph),
+        "modules": encode_module(program.module),
+        "interface": encode_interface(program.module.interface),
+        "operators": operator_homes(program.module, program.graph),
+        "tied": [names for names in tied.values() if len(names) > 1],
+        "dimensions": [asdict(d) for d in program.dimensions],
+        "opaque": [asdict(o) for o in program.opaque],
+        "origin": {
+            "model_class": program.origin.model_class,
+            "seconds": dict(program.origin.seconds),
+            "parameter_shapes": {k: list(v) for k, v in program.origin.parameter_shapes.items()},
+            "notes": list(program.origin.notes),
+        },
+        "history": [record.to_json() for record in program.history],
+    }
 
 
 def _exported(program: Program) -> ExportedProgram:
@@ -162,8 +159,11 @@ def _nothing_unpickled() -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RewriteError("it holds a pickled object, which could run code")
 
-    with mock.patch.object(torch, "load", load_safely), mock.patch.object(pickle, "loads", refuse), \
-            mock.patch.object(torch._C, "_pickle_load_obj", refuse):
+    with (
+        mock.patch.object(torch, "load", load_safely),
+        mock.patch.object(pickle, "loads", refuse),
+        mock.patch.object(torch._C, "_pickle_load_obj", refuse),
+    ):
         yield
 
 
@@ -198,13 +198,22 @@ def _rebuilt(files: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
     graph = decode_graph(data["graph"])
     module = LayerGraph(root, graph, decode_interface(data["interface"], is_installed))
     args, kwargs = torch.load(io.BytesIO(bytes.fromhex(_text(files[_EXAMPLES]))), weights_only=True)
-    _revalue(module, graph)
+    revalue(module, graph)
     origin = data["origin"]
-    return Program(module, args, kwargs, tuple(Dimension(**d) for d in data["dimensions"]),
-                   tuple(Opaque(**o) for o in data["opaque"]),
-                   Origin(origin["model_class"], {k: tuple(v) for k, v in origin["parameter_shapes"].items()},
-                          origin["seconds"], tuple(origin["notes"])),
-                   tuple(Record.from_json(r) for r in data["history"]))
+    return Program(
+        module,
+        args,
+        kwargs,
+        tuple(Dimension(**d) for d in data["dimensions"]),
+        tuple(Opaque(**o) for o in data["opaque"]),
+        Origin(
+            origin["model_class"],
+            {k: tuple(v) for k, v in origin["parameter_shapes"].items()},
+            origin["seconds"],
+            tuple(origin["notes"]),
+        ),
+        tuple(Record.from_json(r) for r in data["history"]),
+    )
 
 
 def _requires_grad(modules: Any, name: str) -> bool | None:
@@ -216,64 +225,3 @@ def _requires_grad(modules: Any, name: str) -> bool | None:
             return None
     found: bool | None = modules["parameters"].get(last)
     return found
-
-
-def _revalue(module: LayerGraph, graph: Graph) -> None:
-    """Give every node its FakeTensor value again, from the sizes that the file names."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    symbols: dict[str, torch.SymInt] = {}
-    with quiet():
-        _propagate(module, graph, mode, symbols)
-
-
-def _propagate(module: LayerGraph, graph: Graph, mode: FakeTensorMode, symbols: dict[str, torch.SymInt]) -> None:
-    known: Fakes = {}
-    for node in graph.nodes:
-        written = node.meta.pop("file_value", None)
-        if node.op == "placeholder":
-            node.meta["val"] = _input_value(written, mode, symbols)
-        elif node.op == "get_attr":
-            value = attribute(module, str(node.target))
-            if isinstance(value, torch.Tensor):
-                node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
-        elif node.op != "output":
-            try:
-                node.meta["val"] = fake_value(module, node, known=known)
-            except Exception:  # operators that dynamic sizes defeat, as recurrent ones do: the example's sizes then
-                if written is None:
-                    raise
-                node.meta["val"] = _example_value(written, mode)
-
-
-def _input_value(data: Any, mode: FakeTensorMode, symbols: dict[str, torch.SymInt]) -> torch.Tensor:
-    dtype = decode(data["dtype"])
-    assert mode.shape_env is not None
-    sizes: list[Any] = []
-    for size in data["sizes"]:
-        if isinstance(size, int):
-            sizes.append(size)
-            continue
-        name, example = size
-        if name not in symbols:
-            symbols[name] = _symbol(mode.shape_env, name, example)
-        sizes.append(symbols[name])
-    with mode:
-        return torch.empty(sizes, dtype=dtype, device=data["device"])
-
-
-def _example_value(data: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(data, list):
-        return tuple(_example_value(item, mode) for item in data)
-    sizes = [size if isinstance(size, int) else size[1] for size in data["sizes"]]
-    with mode:
-        return torch.empty(sizes, dtype=decode(data["dtype"]), device=data["device"])
-
-
-def _symbol(environment: ShapeEnv, name: str, example: int) -> torch.SymInt:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
-    source = ConstantSource(name)
-    symbol = environment.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    made = environment.create_symintnode(symbol, hint=example, source=source)
-    assert isinstance(made, torch.SymInt)
-    return made

@@ -55,8 +55,10 @@ def plan(spec: str, names: Sequence[str], output: Path | None, read: Iterable[Pa
         near = did_you_mean(path.suffix, SUFFIXES) if path.suffix else ""
         raise RewriteError(f"cannot write {path}: unknown {kind}{near or f'; give {FORMATS}'}")
     if path.suffix in MODULE_SUFFIXES and _is_program(spec):
-        raise RewriteError(f"cannot write {path}: {spec} holds a program and no class to give back; "
-                           f"write {path.with_suffix('.pt2')}, or start from the model itself")
+        raise RewriteError(
+            f"cannot write {path}: {spec} holds a program and no class to give back; "
+            f"write {path.with_suffix('.pt2')}, or start from the model itself"
+        )
     return Plan(path, output is not None)
 
 

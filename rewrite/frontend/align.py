@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from rewrite.graph.nodes import aten, leaves, module_key, overload, packet, tensor_value
+from rewrite.graph.nodes import leaves, module_key, overload
 from rewrite.graph.ops import limit_name
 
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
-          aten.type_as.default)
-_DROPOUTS = (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout,
-             aten.alpha_dropout_, aten.feature_alpha_dropout, aten.feature_alpha_dropout_)
+from .casts import cast_chain, is_idle, is_item, is_symbolic
+
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Arguments of operators that follow the model's mode.
 MODE_ARGUMENTS = frozenset({"train", "training", "dropout_p", "dropout", "cudnn_enabled"})
@@ -52,59 +50,6 @@ class Alignment:
     chunks: list[Chunk]
 
 
-def cast_chain(node: Any) -> tuple[Any, tuple[torch.dtype, ...]]:
-    """The value under any floating-point casts of ``node``, and the dtypes it is cast to, innermost first.
-
-    Casts that change nothing do not count: an export attributes later uses of a value to them.
-    """
-    base, nodes = cast_nodes(node)
-    return base, tuple(n.meta["val"].dtype for n in nodes)
-
-
-def cast_nodes(node: Any) -> tuple[Any, tuple[Node, ...]]:
-    """As ``cast_chain``, with the casts' nodes."""
-    chain: list[Node] = []
-    while isinstance(node, Node) and is_cast(node):
-        source = node.args[0]
-        assert isinstance(source, Node)
-        before, after = tensor_value(source), tensor_value(node)
-        assert before is not None
-        assert after is not None
-        if before.dtype != after.dtype:
-            chain.insert(0, node)
-        node = source
-    return node, tuple(chain)
-
-
-def is_cast(node: Node) -> bool:
-    """Whether a node only changes a floating tensor's dtype, or nothing at all."""
-    if node.op != "call_function" or node.target not in _CASTS:
-        return False
-    source, result = tensor_value(node.args[0]), tensor_value(node)
-    if source is None or result is None or source.device != result.device or "copy" in node.kwargs:
-        return False
-    if any(a is True for a in node.args[2:]) or node.kwargs.get("memory_format") is not None:
-        return False
-    return source.dtype == result.dtype or (source.is_floating_point() and result.is_floating_point())
-
-
-def is_idle(node: Any) -> bool:
-    """Whether a node hands its input's values on in evaluation: a dropout, or ``contiguous``, which a capture only
-    records where the example's strides needed it."""
-    return isinstance(node, Node) and (packet(node) in _DROPOUTS or packet(node) is aten.contiguous)
-
-
-def is_symbolic(node: Node) -> bool:
-    """Whether a node computes a size rather than a tensor."""
-    value = node.meta.get("val")
-    return node.op == "call_function" and isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
-
-
-def is_item(node: Node) -> bool:
-    """Whether a node takes part in the matching; sizes and casts are compared where they are used."""
-    return node.op == "call_function" and not is_cast(node) and not is_symbolic(node)
-
-
 def signature(node: Node) -> tuple[Any, ...]:
     """What a node computes and where, without its data arguments and its training switches, dtypes relative."""
     found = overload(node)
@@ -116,8 +61,12 @@ def signature(node: Node) -> tuple[Any, ...]:
             literals.append("*" if name in MODE_ARGUMENTS else _literal(value))
     else:
         literals = [_literal(node.args), _literal(dict(node.kwargs))]
-    return (str(node.target), tuple(literals), module_key(node),
-            tuple((c.kind, c.settings) for c in node.meta.get("contexts", ())))
+    return (
+        str(node.target),
+        tuple(literals),
+        module_key(node),
+        tuple((c.kind, c.settings) for c in node.meta.get("contexts", ())),
+    )
 
 
 def _literal(value: Any) -> Any:
@@ -157,7 +106,7 @@ def _opcodes(a: list[Any], b: list[Any]) -> list[tuple[str, int, int, int, int]]
     tail = 0
     while tail < min(len(a), len(b)) - head and a[-1 - tail] == b[-1 - tail]:
         tail += 1
-    middle = difflib.SequenceMatcher(None, a[head:len(a) - tail], b[head:len(b) - tail], autojunk=False)
+    middle = difflib.SequenceMatcher(None, a[head : len(a) - tail], b[head : len(b) - tail], autojunk=False)
     codes = [("equal", 0, head, 0, head)]
     codes += [(t, i1 + head, i2 + head, j1 + head, j2 + head) for t, i1, i2, j1, j2 in middle.get_opcodes()]
     return [*codes, ("equal", len(a) - tail, len(a), len(b) - tail, len(b))]
@@ -177,7 +126,7 @@ class _Matcher:
 
     def fill(self, chunk: Chunk) -> bool:
         """List a chunk's nodes; idle nodes alone make none."""
-        chunk.first, chunk.second = self.a[chunk.i1:chunk.i2], self.b[chunk.j1:chunk.j2]
+        chunk.first, chunk.second = self.a[chunk.i1 : chunk.i2], self.b[chunk.j1 : chunk.j2]
         return not all(is_idle(n) for n in [*chunk.first, *chunk.second])
 
     def resolve(self, chunks: list[Chunk]) -> Alignment:
@@ -201,8 +150,13 @@ class _Matcher:
         grown = True
         rest = list(chunks)
         while grown:
-            touching = [c for c in rest if (c.i1 <= i2 and i1 <= c.i2 and c.j1 <= j2 and j1 <= c.j2)
-                        or (i1 < c.i2 and c.i1 < i2) or (j1 < c.j2 and c.j1 < j2)]
+            touching = [
+                c
+                for c in rest
+                if (c.i1 <= i2 and i1 <= c.i2 and c.j1 <= j2 and j1 <= c.j2)
+                or (i1 < c.i2 and c.i1 < i2)
+                or (j1 < c.j2 and c.j1 < j2)
+            ]
             rest = [c for c in rest if c not in touching]
             for c in touching:
                 i1, i2, j1, j2 = min(i1, c.i1), max(i2, c.i2), min(j1, c.j1), max(j2, c.j2)
@@ -261,8 +215,7 @@ class _Matcher:
                 yield node, self.partner[node]
         yield self.first.output_node(), self.second.output_node()
 
-    def _chunk_of(self, x: Any, y: Any, user: Node, other: Node, chunks: list[Chunk]
-                  ) -> Chunk | tuple[int, int, int, int]:
+    def _chunk_of(self, x: Any, y: Any, user: Node, other: Node, chunks: list[Chunk]) -> Chunk | tuple[int, int, int, int]:
         x = _under_idle(x, self.chunk_a)
         cx, cy = self.chunk_a.get(x), self.chunk_b.get(y)
         i, j = self.place_a.get(x, -1), self.place_b.get(y, -1)

@@ -64,8 +64,19 @@ def _hidden_fakes() -> Iterator[None]:
 #: Functions that make a tensor from sizes and constants alone.
 _FACTORIES = frozenset({torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.eye, torch.linspace})
 #: Questions to a tensor whose answer is a Python value.
-_QUESTIONS = frozenset({Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.tolist, torch.equal,
-                        Tensor.equal, torch.allclose, Tensor.allclose})
+_QUESTIONS = frozenset(
+    {
+        Tensor.__bool__,
+        Tensor.item,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.tolist,
+        torch.equal,
+        Tensor.equal,
+        torch.allclose,
+        Tensor.allclose,
+    }
+)
 #: Added to the example's sizes to see whether an answer depends on them.
 _OTHER_SIZES = (0, 1, 5, 18)
 
@@ -93,8 +104,9 @@ class SizeDecisions(TorchFunctionMode):
         super().__init__()
         self._calls: dict[int, tuple[Tensor, _Call]] = {}
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         call = _Call(func, args, kwargs or {})
         tensors = [v for v in pytree.tree_leaves((args, dict(call.kwargs))) if isinstance(v, Tensor)]
         known = all(id(t) in self._calls for t in tensors) and bool(tensors or func in _FACTORIES)

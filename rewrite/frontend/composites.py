@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from rewrite.graph.carve import carve, free_inputs, replace_with_call, used_outside
 from rewrite.graph.codegen import compile_graph
 from rewrite.graph.nodes import (
     aten,
@@ -27,72 +28,28 @@ from rewrite.graph.nodes import (
     packet,
     tensor_value,
 )
-from rewrite.graph.regions import Region, carve, free_inputs, replace_with_call, used_outside
+from rewrite.graph.regions import Region
+from rewrite.graph.spelled import NormMeaning, SpelledActivation, SpelledNorm
 from rewrite.numerics.exact import ExactArithmetic
 
 from .skeleton import Skeleton
 
-_NORM_MARKS = (aten.rsqrt, aten.sqrt, aten.layer_norm, aten.rms_norm, aten.var, aten.var_mean, aten.std, aten.pow,
-               aten.linalg_vector_norm, aten.norm, aten.native_layer_norm)
+_NORM_MARKS = (
+    aten.rsqrt,
+    aten.sqrt,
+    aten.layer_norm,
+    aten.rms_norm,
+    aten.var,
+    aten.var_mean,
+    aten.std,
+    aten.pow,
+    aten.linalg_vector_norm,
+    aten.norm,
+    aten.native_layer_norm,
+)
 _SMOOTH_MARKS = (aten.tanh, aten.sigmoid, aten.erf, aten.pow, aten.softplus, aten.relu, aten.square, aten.mul)
 _LONGEST = 24
 _TOLERANCE = 1e-9
-
-
-class SpelledNorm(Region):
-    """A normalization kept as its captured operators: y = (offset + weight) · n(x) + bias.
-
-    ``weight`` and ``bias`` stay under the names they have in the user's module (``weight_name``, ``bias_name``).
-    """
-
-    def __init__(self, graph: Graph, meaning: NormMeaning) -> None:
-        super().__init__({"any": graph}, "a normalization spelled out")
-        self.kind = meaning.kind
-        self.eps = meaning.eps
-        self.channels = meaning.channels
-        self.channel_axis = meaning.channel_axis
-        self.offset = meaning.offset
-        self.weight_name = meaning.weight
-        self.bias_name = meaning.bias
-
-    def gain(self) -> nn.Parameter | None:
-        """The factor of each channel, shape [channels]: the weight itself, or a new parameter where 1 is added to it."""
-        weight = self._parameters[self.weight_name] if self.weight_name is not None else None
-        if weight is None or (self.offset == 0.0 and weight.dim() == 1):
-            return weight
-        return nn.Parameter((weight.detach() + self.offset).reshape(-1), weight.requires_grad)
-
-    def shift(self) -> nn.Parameter | None:
-        """The bias of each channel, shape [channels]."""
-        bias = self._parameters[self.bias_name] if self.bias_name is not None else None
-        return bias if bias is None or bias.dim() == 1 else nn.Parameter(bias.detach().reshape(-1), bias.requires_grad)
-
-    def extra_repr(self) -> str:
-        return f"{self.kind}, channels={self.channels}, eps={self.eps}, offset={self.offset}"
-
-
-class SpelledActivation(Region):
-    """An activation function kept as its captured operators; ``function`` names the formula."""
-
-    def __init__(self, graph: Graph, function: str) -> None:
-        super().__init__({"any": graph}, "an activation spelled out")
-        self.function = function
-
-    def extra_repr(self) -> str:
-        return self.function
-
-
-@dataclass(frozen=True)
-class NormMeaning:
-    """What a group of operators was found to compute; see ``SpelledNorm``."""
-
-    kind: Any
-    channels: int
-    channel_axis: int
-    eps: float
-    offset: float
-    weight: str | None
-    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -169,8 +126,12 @@ def _key(group: Group) -> tuple[Any, ...]:
     source = tensor_value(group.source)
     assert source is not None
     names = tuple((str(p.target).rpartition(".")[2], str(p.meta["val"].shape)) for p in group.parameters)
-    return (names, tuple(str(fixed_size(s)) for s in source.shape), index[group.result],
-            tuple((str(n.target), plain(n.args), plain(tuple(sorted(n.kwargs.items())))) for n in group.nodes))
+    return (
+        names,
+        tuple(str(fixed_size(s)) for s in source.shape),
+        index[group.result],
+        tuple((str(n.target), plain(n.args), plain(tuple(sorted(n.kwargs.items())))) for n in group.nodes),
+    )
 
 
 def _raise(graph: Graph, skeleton: Skeleton, group: Group, meaning: Any) -> None:
@@ -183,7 +144,7 @@ def _raise(graph: Graph, skeleton: Skeleton, group: Group, meaning: Any) -> None
     elif skeleton.layers[path][1] != "composite":
         return
     meta = {k: v for k, v in group.result.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    made, = replace_with_call(graph, path, [group.source], [group.result], group.nodes[-1].next, meta)
+    (made,) = replace_with_call(graph, path, [group.source], [group.result], group.nodes[-1].next, meta)
     made.meta["whole"] = whole
     group.result.replace_all_uses_with(made, delete_user_cb=lambda user: user not in group.nodes)
     for node in reversed(group.nodes):
@@ -234,8 +195,9 @@ def _norm_meaning(group: Group) -> NormMeaning | None:
     assert value is not None
     generator = torch.Generator().manual_seed(0)
     shape = _small_shape(value)
-    parameters = [torch.randn(_small_shape(p.meta["val"]), generator=generator, dtype=torch.float64)
-                  for p in group.parameters]
+    parameters = [
+        torch.randn(_small_shape(p.meta["val"]), generator=generator, dtype=torch.float64) for p in group.parameters
+    ]
     source = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.05 + 0.02
     result = _run(group, source, parameters)
     if result is None or result.shape != source.shape:
@@ -250,9 +212,15 @@ def _norm_meaning(group: Group) -> NormMeaning | None:
                 if found is not None:
                     weight, bias, offset = found
                     name = [str(p.target).rpartition(".")[2] for p in group.parameters]
-                    return NormMeaning(kind, channels, -1 if axis == len(shape) - 1 else axis, eps, offset,
-                                       name[weight] if weight is not None else None,
-                                       name[bias] if bias is not None else None)
+                    return NormMeaning(
+                        kind,
+                        channels,
+                        -1 if axis == len(shape) - 1 else axis,
+                        eps,
+                        offset,
+                        name[weight] if weight is not None else None,
+                        name[bias] if bias is not None else None,
+                    )
     return None
 
 
@@ -273,8 +241,9 @@ def _normals(x: torch.Tensor, axis: int, eps: float) -> Iterator[tuple[str, torc
     yield "layer", centred * (centred.square().mean(axis, keepdim=True) + eps).rsqrt()
 
 
-def _affine(normal: torch.Tensor, result: torch.Tensor, parameters: Sequence[torch.Tensor], axis: int
-            ) -> tuple[int | None, int | None, float] | None:
+def _affine(
+    normal: torch.Tensor, result: torch.Tensor, parameters: Sequence[torch.Tensor], axis: int
+) -> tuple[int | None, int | None, float] | None:
     """Which parameter is the gain, which the bias, and the gain's offset, so that normal becomes result."""
     view = [1] * normal.dim()
     view[axis] = -1
@@ -298,10 +267,16 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _formulas(x: torch.Tensor) -> Mapping[str, torch.Tensor]:
     f = nn.functional
-    return {"gelu": f.gelu(x), "gelu_tanh": f.gelu(x, approximate="tanh"), "silu": f.silu(x),
-            "quick_gelu": x * torch.sigmoid(1.702 * x), "relu_squared": f.relu(x).square(), "mish": f.mish(x),
-            "laplace": 0.5 * (1 + torch.erf((x - math.sqrt(0.5)) / (math.sqrt(0.25 / math.pi) * math.sqrt(2)))),
-            "softsign": f.softsign(x)}
+    return {
+        "gelu": f.gelu(x),
+        "gelu_tanh": f.gelu(x, approximate="tanh"),
+        "silu": f.silu(x),
+        "quick_gelu": x * torch.sigmoid(1.702 * x),
+        "relu_squared": f.relu(x).square(),
+        "mish": f.mish(x),
+        "laplace": 0.5 * (1 + torch.erf((x - math.sqrt(0.5)) / (math.sqrt(0.25 / math.pi) * math.sqrt(2)))),
+        "softsign": f.softsign(x),
+    }
 
 
 def _activation_meaning(group: Group) -> str | None:
@@ -311,11 +286,10 @@ def _activation_meaning(group: Group) -> str | None:
     count = math.prod(shape)
     if count == 0:
         return None
-    source = torch.linspace(-4, 4, count, dtype=torch.float64)[torch.randperm(
-        count, generator=torch.Generator().manual_seed(0))].reshape(shape)
+    source = torch.linspace(-4, 4, count, dtype=torch.float64)[
+        torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    ].reshape(shape)
     result = _run(group, source, ())
     if result is None or result.shape != source.shape:
         return None
     return next((name for name, formula in _formulas(source).items() if _equal(formula, result)), None)
-
-

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +16,18 @@ from torch.fx import Graph, GraphModule, Node
 
 from rewrite.graph.nodes import aten, is_differentiable_leaf, is_pure, mutated_arguments
 
-_ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
-               "sym_constrain_range_for_size", "_functional_assert_async")
+from .contexts import ContextUse
+
+_ASSERTIONS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_functional_assert_async",
+)
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
-
-
-@dataclass(frozen=True)
-class ContextUse:
-    """One entered ``torch.set_grad_enabled`` or ``torch.autocast`` block; ``serial`` tells two blocks apart."""
-
-    kind: str
-    settings: tuple[Any, ...]
-    serial: int
 
 
 def flatten(module: GraphModule) -> None:
@@ -84,8 +82,9 @@ def _inline_one(module: GraphModule, serial: Any) -> bool:
     return bool(nodes)
 
 
-def _inline(graph: Graph, call: Node, body: GraphModule, operands: tuple[Any, ...], contexts: tuple[ContextUse, ...],
-            prefix: str) -> None:
+def _inline(
+    graph: Graph, call: Node, body: GraphModule, operands: tuple[Any, ...], contexts: tuple[ContextUse, ...], prefix: str
+) -> None:
     values: dict[Node, Any] = {}
     inputs = iter(operands)
     outputs: Any = ()
@@ -136,5 +135,3 @@ def drop_dead(graph: Graph, keep: Callable[[Node], bool] = lambda node: False) -
     for node in reversed(graph.nodes):
         if not node.users and is_pure(node) and node.op not in ("placeholder", "output") and not keep(node):
             graph.erase_node(node)
-
-

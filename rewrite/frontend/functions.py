@@ -9,36 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
-from torch import nn
 from torch.utils import _pytree as pytree
 
-
-@dataclass
-class FunctionCall:
-    """A call ``function.apply(*args)``: where the tensors stand among the arguments, and the output structure."""
-
-    function: type[torch.autograd.Function]
-    spec: pytree.TreeSpec
-    constants: tuple[Any, ...]
-    tensor_places: tuple[int, ...]
-    output_spec: pytree.TreeSpec | None = None
-    output_constants: tuple[Any, ...] = ()
-    output_places: tuple[int, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionCall:
-        return self  # nothing changes it after the trace
-
-    def arguments(self, tensors: list[torch.Tensor]) -> Any:
-        leaves = list(self.constants)
-        for place, tensor in zip(self.tensor_places, tensors, strict=True):
-            leaves[place] = tensor
-        return pytree.tree_unflatten(leaves, self.spec)
-
+from rewrite.graph.layers import FunctionCall
 
 _calls: ContextVar[list[FunctionCall] | None] = ContextVar("calls of custom autograd functions", default=None)
 
@@ -109,19 +86,3 @@ def recorded_functions(notes: list[str]) -> Iterator[list[FunctionCall]]:
         torch.autograd.Function.apply = _base_apply  # type: ignore[method-assign]
         checkpointing._checkpoint_without_reentrant_generator = generator
         _calls.reset(token)
-
-
-class AutogradFunction(nn.Module):
-    """Calls a user's own autograd function; its forward and backward are opaque to passes."""
-
-    def __init__(self, call: FunctionCall) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        outputs = self.call.function.apply(*self.call.arguments(list(tensors)))
-        leaves = pytree.tree_leaves(outputs)
-        return [leaves[i] for i in self.call.output_places]
-
-    def extra_repr(self) -> str:
-        return f"{self.call.function.__module__}.{self.call.function.__qualname__}"

@@ -6,40 +6,17 @@ module whose ``weight`` *is* the tensor, by identity. A call without such an own
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention
-from rewrite.graph.nodes import aten, attribute, call_arguments, module_path, overload, packet, tensor_value
+from rewrite.graph.layers import AutogradFunction, FunctionCall
+from rewrite.graph.nodes import attribute, call_arguments, module_path, overload, packet
 
-from .functions import AutogradFunction, FunctionCall
+from .lift_rules import RULES, Lifted, modal
 from .skeleton import Skeleton
-
-
-@dataclass(frozen=True)
-class Lifted:
-    """What a rule proposes: a layer, its data arguments, and its parameters and buffers by the name it knows them."""
-
-    layer: Callable[[], nn.Module]
-    inputs: tuple[Any, ...]
-    owned: dict[str, Any] = field(default_factory=dict)
-    config: Any = None
-
-
-Rule = Callable[[Node, dict[str, Any]], Lifted | None]
-_RULES: dict[Any, Rule] = {}
-
-
-def _rule(*packets: Any) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(packets, rule))
-        return rule
-    return register
 
 
 def lift_layers(graph: Graph, skeleton: Skeleton, model: nn.Module, functions: list[FunctionCall]) -> None:
@@ -53,7 +30,7 @@ def lift_layers(graph: Graph, skeleton: Skeleton, model: nn.Module, functions: l
         if found is torch.ops.rewrite.autograd_function.default:
             _lift_function(graph, node, skeleton, functions)
             continue
-        for rule in (_RULES.get(packet(node), _modal), _modal):
+        for rule in (RULES.get(packet(node), modal), modal):
             lifted = rule(node, call_arguments(node))
             if lifted is not None and _replace(graph, node, lifted, skeleton, owners):
                 break
@@ -99,8 +76,11 @@ class _Owners:
     def _suits(self, path: str, layer_class: type[nn.Module]) -> bool:
         """Whether a module other than the calling one may become such a layer: it is one, or is no other layer."""
         module = self.model.get_submodule(path)
-        return isinstance(module, layer_class) or type(module) is nn.Module \
+        return (
+            isinstance(module, layer_class)
+            or type(module) is nn.Module
             or not type(module).__module__.startswith("torch.nn.")
+        )
 
 
 def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owners: _Owners) -> bool:
@@ -112,8 +92,11 @@ def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owner
         if path is None:
             return False
     else:
-        path, whole = skeleton.path_for([node], _layer_name(node)) if not _known(node, lifted, skeleton) \
+        path, whole = (
+            skeleton.path_for([node], _layer_name(node))
+            if not _known(node, lifted, skeleton)
             else (module_path(node), whole)
+        )
     config = (type(layer).__name__, repr(layer) if lifted.config is None else lifted.config)
     known = skeleton.layers.get(path)
     if known is not None and known[1] != config:
@@ -168,178 +151,3 @@ def _lift_function(graph: Graph, node: Node, skeleton: Skeleton, functions: list
     made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
     node.replace_all_uses_with(made)
     graph.erase_node(node)
-
-
-def _modal(node: Node, named: dict[str, Any]) -> Lifted | None:
-    """Any other operator whose arguments differ between the modes."""
-    modes = node.meta.get("modes")
-    found = overload(node)
-    if not modes or found is None:
-        return None
-    values = tuple(None if name in modes else value for name, value in named.items())
-    return Lifted(lambda: ModalOperator(found, modes), (values,))
-
-
-@_rule(aten.linear)
-def _linear(node: Node, named: dict[str, Any]) -> Lifted | None:
-    weight = tensor_value(named["weight"])
-    if weight is None or weight.dim() != 2:
-        return None
-    out, inner = weight.shape
-    return Lifted(lambda: nn.Linear(int(inner), int(out), bias=named["bias"] is not None, device="meta"),
-                  (named["input"],), {"weight": named["weight"], "bias": named["bias"]})
-
-
-def _convolution(layer_class: Any, transposed: bool) -> Rule:
-    def rule(node: Node, named: dict[str, Any]) -> Lifted | None:
-        weight = tensor_value(named["weight"])
-        if weight is None or any(isinstance(v, Node) for v in (named["stride"], named["padding"])):
-            return None
-        groups = named["groups"]
-        first, second = int(weight.shape[0]), int(weight.shape[1]) * groups
-        inner, out = (first, second) if transposed else (second, first)
-        size = tuple(int(s) for s in weight.shape[2:])
-        options: dict[str, Any] = {"stride": _sizes(named["stride"], size), "padding": _sizes(named["padding"], size),
-                                   "dilation": _sizes(named["dilation"], size), "groups": groups,
-                                   "bias": named["bias"] is not None, "device": "meta"}
-        if transposed:
-            options["output_padding"] = _sizes(named["output_padding"], size)
-        return Lifted(lambda: layer_class(inner, out, size, **options), (named["input"],),
-                      {"weight": named["weight"], "bias": named["bias"]})
-    return rule
-
-
-def _sizes(value: Any, like: tuple[int, ...]) -> Any:
-    if isinstance(value, str | int):
-        return value
-    values = tuple(value)
-    return values * len(like) if len(values) == 1 else values
-
-
-for _rank in (1, 2, 3):
-    _rule(getattr(aten, f"conv{_rank}d"))(_convolution(getattr(nn, f"Conv{_rank}d"), False))
-_rule(aten.conv_transpose1d)(_convolution(nn.ConvTranspose1d, True))
-_rule(aten.conv_transpose2d)(_convolution(nn.ConvTranspose2d, True))
-_rule(aten.conv_transpose3d)(_convolution(nn.ConvTranspose3d, True))
-
-
-@_rule(aten.embedding)
-def _embedding(node: Node, named: dict[str, Any]) -> Lifted | None:
-    weight = tensor_value(named["weight"])
-    if weight is None or weight.dim() != 2:
-        return None
-    rows, width = (int(s) for s in weight.shape)
-    padding = named["padding_idx"]
-    return Lifted(lambda: nn.Embedding(rows, width, padding_idx=None if padding == -1 else padding, device="meta",
-                                       scale_grad_by_freq=named["scale_grad_by_freq"], sparse=named["sparse"]),
-                  (named["indices"],), {"weight": named["weight"]})
-
-
-@_rule(aten.layer_norm)
-def _layer_norm(node: Node, named: dict[str, Any]) -> Lifted | None:
-    shape = tuple(named["normalized_shape"])
-    affine = named["weight"] is not None
-    if any(isinstance(s, Node) for s in shape) or (named["bias"] is not None and not affine):
-        return None
-    return Lifted(lambda: nn.LayerNorm(shape, eps=named["eps"], elementwise_affine=affine,
-                                       bias=named["bias"] is not None, device="meta"),
-                  (named["input"],), {"weight": named["weight"], "bias": named["bias"]})
-
-
-@_rule(aten.rms_norm)
-def _rms_norm(node: Node, named: dict[str, Any]) -> Lifted | None:
-    shape = tuple(named["normalized_shape"])
-    if any(isinstance(s, Node) for s in shape):
-        return None
-    return Lifted(lambda: nn.RMSNorm(shape, eps=named["eps"], elementwise_affine=named["weight"] is not None,
-                                     device="meta"), (named["input"],), {"weight": named["weight"]})
-
-
-@_rule(aten.group_norm)
-def _group_norm(node: Node, named: dict[str, Any]) -> Lifted | None:
-    value = tensor_value(named["input"])
-    if value is None or (named["weight"] is None) != (named["bias"] is None):
-        return None
-    return Lifted(lambda: nn.GroupNorm(named["num_groups"], int(value.shape[1]), eps=named["eps"],
-                                       affine=named["weight"] is not None, device="meta"),
-                  (named["input"],), {"weight": named["weight"], "bias": named["bias"]})
-
-
-@_rule(aten.batch_norm)
-def _batch_norm(node: Node, named: dict[str, Any]) -> Lifted | None:
-    value, statistics = tensor_value(named["input"]), tensor_value(named["running_mean"])
-    if value is None or statistics is None or (named["weight"] is None) != (named["bias"] is None):
-        return None
-    if "training" not in node.meta.get("modes", {}) and node.meta.get("aligned", False):
-        return None  # statistics that are frozen, or updated in both modes, are no BatchNorm layer's
-    layer_class = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[value.dim()]
-    return Lifted(lambda: layer_class(int(statistics.shape[0]), eps=named["eps"], momentum=named["momentum"],
-                                      affine=named["weight"] is not None, device="meta"),
-                  (named["input"],), {k: named[k] for k in ("weight", "bias", "running_mean", "running_var")})
-
-
-@_rule(aten.prelu)
-def _prelu(node: Node, named: dict[str, Any]) -> Lifted | None:
-    weight = tensor_value(named["weight"])
-    if weight is None:
-        return None
-    return Lifted(lambda: nn.PReLU(int(weight.numel()), device="meta"), (named["self"],), {"weight": named["weight"]})
-
-
-@_rule(aten.dropout, aten.dropout_)
-def _dropout(node: Node, named: dict[str, Any]) -> Lifted | None:
-    if not named["train"] or ("train" not in node.meta.get("modes", {}) and node.meta.get("aligned", False)):
-        return None
-    inplace = packet(node) is aten.dropout_
-    return Lifted(lambda: nn.Dropout(named["p"], inplace), (named["self" if inplace else "input"],))
-
-
-@_rule(aten.scaled_dot_product_attention)
-def _attention(node: Node, named: dict[str, Any]) -> Lifted | None:
-    if "dropout_p" not in node.meta.get("modes", {}) and node.meta.get("aligned") and named["dropout_p"]:
-        return None
-    inputs = [named["query"], named["key"], named["value"]]
-    if named["attn_mask"] is not None:
-        inputs.append(named["attn_mask"])
-    return Lifted(lambda: ScaledDotProductAttention(named["dropout_p"], named["is_causal"], named["scale"],
-                                                    named["enable_gqa"]), tuple(inputs))
-
-
-def _activation(make: Callable[[dict[str, Any]], nn.Module]) -> Rule:
-    def rule(node: Node, named: dict[str, Any]) -> Lifted | None:
-        if any(isinstance(v, Node) for k, v in list(named.items())[1:]):
-            return None
-        return Lifted(lambda: make(named), (next(iter(named.values())),))
-    return rule
-
-
-def _made(layer_class: Any, options: tuple[str, ...], inplace: bool) -> Callable[[dict[str, Any]], nn.Module]:
-    def make(named: dict[str, Any]) -> nn.Module:
-        layer: nn.Module = layer_class(*(named[k] for k in options), inplace=inplace)
-        return layer
-
-    return make
-
-
-_ACTIVATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "relu": (nn.ReLU, ()), "silu": (nn.SiLU, ()), "mish": (nn.Mish, ()), "selu": (nn.SELU, ()),
-    "relu6": (nn.ReLU6, ()), "hardswish": (nn.Hardswish, ()), "hardsigmoid": (nn.Hardsigmoid, ()),
-    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)), "hardtanh": (nn.Hardtanh, ("min_val", "max_val")),
-}
-for _name, (_class, _options) in _ACTIVATIONS.items():
-    for _inplace in (False, True):
-        if hasattr(aten, _name + "_" * _inplace):
-            _rule(getattr(aten, _name + "_" * _inplace))(_activation(_made(_class, _options, _inplace)))
-_rule(aten.gelu)(_activation(lambda named: nn.GELU(named["approximate"])))
-_rule(aten.tanh)(_activation(lambda named: nn.Tanh()))
-_rule(aten.sigmoid)(_activation(lambda named: nn.Sigmoid()))
-_rule(aten.softplus)(_activation(lambda named: nn.Softplus(named["beta"], named["threshold"])))
-
-
-@_rule(aten.elu)
-def _elu(node: Node, named: dict[str, Any]) -> Lifted | None:
-    if named["scale"] != 1 or named["input_scale"] != 1 or isinstance(named["alpha"], Node):
-        return None
-    return Lifted(lambda: nn.ELU(named["alpha"]), (named["self"],))
-
-

@@ -26,7 +26,7 @@ from rewrite.graph.nodes import (
 )
 from rewrite.graph.ops import device_of, dtype_limit, dtype_of, limit_name
 
-from .align import cast_nodes, is_cast, is_item
+from .casts import cast_nodes, is_cast, is_item
 from .flatten import drop_dead
 
 
@@ -86,8 +86,9 @@ def drop_idle_casts(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def follow_dtypes(graph: Graph, partner: Mapping[Node, Node], other: Graph,
-                  dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
+def follow_dtypes(
+    graph: Graph, partner: Mapping[Node, Node], other: Graph, dtypes: Mapping[torch.dtype, torch.dtype]
+) -> None:
     """Make dtype literals that follow the model's dtype follow it, by the partners of nodes in the other capture.
 
     ``dtypes`` says which dtype each of the model's dtypes is in the other capture. Casts that only one of the two

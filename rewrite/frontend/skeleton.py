@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.graph.nodes import attribute, module_stack
 from rewrite.graph.program import Container
-
-
-class Constants(nn.Module):
-    """Tensors that a model's code holds as constants. They move with the module but keep their dtype."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.names = tuple(tensors)
-        self.__dict__.update(tensors)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Constants:
-        super()._apply(fn, recurse)
-        for name in self.names:
-            tensor = self.__dict__[name]
-            device = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device
-            self.__dict__[name] = tensor.to(device)
-        return self
+from rewrite.graph.tree import adopt, holders
 
 
 class Skeleton:
@@ -42,8 +25,9 @@ class Skeleton:
 
     def index(self, graph: Graph) -> None:
         """Count the calls of each module call key, so that ``path_for`` can tell a whole call from a part of one."""
-        self.counts = Counter(key for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")
-                              for key, _, _ in module_stack(n))
+        self.counts = Counter(
+            key for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output") for key, _, _ in module_stack(n)
+        )
 
     def covers(self, nodes: Sequence[Node]) -> bool:
         """Whether ``nodes`` are the whole of their innermost module call."""
@@ -102,28 +86,6 @@ class Skeleton:
         path, _ = self.path_for(nodes, name)
         self.put(path, layer)
         return path
-
-
-def adopt(layer: nn.Module, old: nn.Module) -> None:
-    """Give ``layer`` the parameters, buffers and modules of ``old``, in ``old``'s order, the layer's own ones first
-    where both have a name."""
-    for kind in ("_parameters", "_buffers", "_modules"):
-        ours, theirs = getattr(layer, kind), getattr(old, kind)
-        merged = {k: (ours[k] if ours.get(k) is not None else v) for k, v in theirs.items()}
-        merged.update({k: v for k, v in ours.items() if k not in merged})
-        ours.clear()
-        ours.update(merged)
-    layer._non_persistent_buffers_set |= old._non_persistent_buffers_set
-    layer.training = old.training
-
-
-def holders(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each module hangs: a shared one has several places."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in root.modules():
-        for name, child in module._modules.items():
-            places.setdefault(id(child), []).append((module, name))
-    return places
 
 
 def _shared_depth(stacks: Sequence[Sequence[tuple[str, str, str]]]) -> int:

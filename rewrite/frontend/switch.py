@@ -8,10 +8,13 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
+from rewrite.graph.carve import carve, free_inputs, replace_with_call
 from rewrite.graph.nodes import aten, leaves, map_leaves, module_stack
-from rewrite.graph.regions import Region, carve, free_inputs, grouped, replace_with_call
+from rewrite.graph.regions import Region
 
-from .align import Alignment, Chunk, cast_chain, is_idle, is_symbolic
+from .align import Alignment, Chunk
+from .casts import cast_chain, is_idle, is_symbolic
+from .contexts import grouped
 
 Place = Callable[[Sequence[Node], str, nn.Module], str]
 
@@ -29,8 +32,14 @@ def switch_modes(train: Graph, evaluation: Graph, alignment: Alignment, place: P
 
 
 class _Builder:
-    def __init__(self, train: Graph, evaluation: Graph, inverse: dict[Node, Node],
-                 ours_by_name: dict[tuple[str, Any], Node], place: Place) -> None:
+    def __init__(
+        self,
+        train: Graph,
+        evaluation: Graph,
+        inverse: dict[Node, Node],
+        ours_by_name: dict[tuple[str, Any], Node],
+        place: Place,
+    ) -> None:
         self.train, self.evaluation = train, evaluation
         self.inverse, self.ours_by_name, self.place = inverse, ours_by_name, place
         self.items = {n: i for i, n in enumerate(train.nodes)}
@@ -50,8 +59,9 @@ class _Builder:
         region = Region({"train": train, "eval": evaluation}, "training and evaluation differ", layers=layers)
         path = self.place(taken or [position], "branch", region)
         meta = _common_meta(taken or [position])
-        nodes = [o if isinstance(o, Node) else (y if isinstance(y, Node) else None)
-                 for o, y in zip(outputs, theirs, strict=True)]
+        nodes = [
+            o if isinstance(o, Node) else (y if isinstance(y, Node) else None) for o, y in zip(outputs, theirs, strict=True)
+        ]
         made = replace_with_call(self.train, path, inputs, nodes, position, meta)
         for other, node in zip(theirs, made, strict=True):
             if isinstance(other, Node):
@@ -84,8 +94,9 @@ class _Builder:
             if node not in wanted and (is_symbolic(node) or cast_chain(node)[0] is not node):
                 wanted.add(node)
             if node in wanted:
-                todo += [n for n in node.all_input_nodes if n not in wanted
-                         and n not in self.inverse and n.op == "call_function"]
+                todo += [
+                    n for n in node.all_input_nodes if n not in wanted and n not in self.inverse and n.op == "call_function"
+                ]
         return [n for n in self.evaluation.nodes if n in wanted]
 
     def _ours(self, theirs: Node) -> Node:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +14,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,21 +22,27 @@ from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.codegen import keyword_safe
+from rewrite.graph.export import Inputs, dynamic_choices, first_line, quiet
+from rewrite.graph.layers import FunctionCall
 
 from .as_eager import SizeDecisions, View, seen_as
-from .functions import FunctionCall, recorded_functions
+from .functions import recorded_functions
 
-_PLAIN = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str, type(None),
-          torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A model's example inputs in canonical order: positional as far as the signature allows, the rest by keyword."""
-
-    signature: inspect.Signature
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+_PLAIN = (
+    torch.Tensor,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    int,
+    float,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 
 @dataclass
@@ -87,8 +89,10 @@ def isolate(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor] = 
     try:
         made = copy.deepcopy(model, memo)
     except Exception as error:
-        raise RewriteError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {_first_line(error)}); "
-                           "capture works on a copy so that your model is not touched") from error
+        raise RewriteError(
+            f"{type(model).__name__} cannot be copied (copy.deepcopy: {first_line(error)}); "
+            "capture works on a copy so that your model is not touched"
+        ) from error
     for module in made.modules():
         if isinstance(module, _BatchNorm) and module.momentum is None:
             module.momentum = 0.1  # a cumulative average depends on data, which export refuses; lift restores None
@@ -112,6 +116,7 @@ def fake_copy(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) -> tu
 
 def fake_inputs(inputs: Inputs, mode: FakeTensorMode, dtypes: Mapping[torch.dtype, torch.dtype]) -> Inputs:
     """The same inputs as fake tensors, in other dtypes."""
+
     def fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
@@ -136,16 +141,15 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
         dropped.clear()
         try:
             with quiet(), keyword_safe(), seen_as(view), recorded_functions(notes) as functions:
-                exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic,
-                                               strict=False)
+                exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)
         except Exception as error:
             errors.append(error)
             continue
         if len(errors) > 2:
-            notes.append(f"dynamic sizes reduced: {_first_line(errors[2])}")
+            notes.append(f"dynamic sizes reduced: {first_line(errors[2])}")
         return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
-    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[-1])}") from errors[-1]
+    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {first_line(errors[-1])}") from errors[-1]
 
 
 def _unlifted(exported: ExportedProgram) -> GraphModule:
@@ -159,56 +163,12 @@ def _unlifted(exported: ExportedProgram) -> GraphModule:
     return made
 
 
-def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """Export a layer graph as it stands (mode, outputs), its dynamic sizes kept as far as torch.export can."""
-    errors: list[Exception] = []
-    for dynamic in _dynamic_choices(inputs):
-        try:
-            with quiet(), keyword_safe():
-                return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
-        except Exception as error:
-            errors.append(error)
-    raise RewriteError(f"torch.export cannot export the program: {_first_line(errors[-1])}") from errors[-1]
-
-
-def widened(inputs: Inputs) -> Inputs:
-    """The inputs with a batch of one doubled: a size of one would be baked into the graph."""
-    tensors = [v for v in pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
-               if isinstance(v, torch.Tensor) and v.dim()]
-    if not tensors or any(t.shape[0] != 1 for t in tensors):
-        return inputs
-
-    def double(value: Any) -> Any:
-        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
-
-    args, kwargs = pytree.tree_map(double, (inputs.args, dict(inputs.kwargs)))
-    return Inputs(inputs.signature, args, kwargs)
-
-
 def _attempts(inputs: Inputs) -> Iterator[tuple[Any, View]]:
     """Dynamic sizes, and how the model's code sees the trace, in the order to try."""
-    choices = list(_dynamic_choices(inputs))
+    choices = list(dynamic_choices(inputs))
     yield choices[0], View.EAGER
     yield choices[0], View.FAKE
     yield from ((dynamic, View.TRACED) for dynamic in choices)
-
-
-def _dynamic_choices(inputs: Inputs) -> Iterator[Any]:
-    """Dynamic dimensions to try in turn: all that may vary, the first of each tensor, none."""
-    structure = (inputs.args, dict(inputs.kwargs))
-    tokens = any(isinstance(v, torch.Tensor) and not v.is_floating_point() for v in pytree.tree_leaves(structure))
-
-    def widest(value: torch.Tensor) -> int:
-        image = value.is_floating_point() and value.dim() >= 4 and not tokens
-        return 1 if image else value.dim()
-
-    for axes in (widest, lambda value: min(value.dim(), 1)):
-        shapes = torch.export.ShapesCollection()
-        for leaf in pytree.tree_leaves(structure):
-            if isinstance(leaf, torch.Tensor):
-                shapes[leaf] = dict.fromkeys(range(axes(leaf)), Dim.AUTO)
-        yield shapes
-    yield None
 
 
 def _screen_outputs(model: nn.Module, dropped: list[str]) -> None:
@@ -243,22 +203,3 @@ def _screen(value: Any, name: str, dropped: list[str]) -> Any:
         return kind(**kept) if dataclasses.is_dataclass(value) else kind(kept)
     items, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
     return pytree.tree_unflatten([_screen(v, f"{name}[{i}]", dropped) for i, v in enumerate(items)], spec)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch.export warns and logs about what capture handles; errors still come through as exceptions."""
-    previous = logging.root.manager.disable
-    nowhere = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.disable(previous)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -14,9 +14,29 @@ from torch import nn
 from torch.fx import Graph, Node
 
 _serial = itertools.count()
-_SHADOWED = frozenset({
-    "adopt", "bias_name", "channel_axis", "channels", "code", "contexts", "eps", "function", "gain", "graph", "graphs",
-    "interface", "kind", "offset", "reason", "recompile", "runs", "shift", "weight_name"})
+_SHADOWED = frozenset(
+    {
+        "adopt",
+        "bias_name",
+        "channel_axis",
+        "channels",
+        "code",
+        "contexts",
+        "eps",
+        "function",
+        "gain",
+        "graph",
+        "graphs",
+        "interface",
+        "kind",
+        "offset",
+        "reason",
+        "recompile",
+        "runs",
+        "shift",
+        "weight_name",
+    }
+)
 """Attributes of layer graphs and regions that a user's parameter or layer may be named like."""
 
 

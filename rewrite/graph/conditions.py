@@ -9,8 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-_ALLOWED = (ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Name, ast.Load, ast.Constant,
-            ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
+_ALLOWED = (
+    ast.Expression,
+    ast.Compare,
+    ast.BoolOp,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,10 @@ def broken(checks: Sequence[tuple[Condition, Callable[..., bool]]], inputs: Sequ
     """The words of the first condition that the inputs' sizes break, or None."""
     if not checks:
         return None
-    sizes = {f"s{i}_{axis}": size for i, value in enumerate(inputs) if hasattr(value, "shape")
-             for axis, size in enumerate(value.shape)}
+    sizes = {
+        f"s{i}_{axis}": size
+        for i, value in enumerate(inputs)
+        if hasattr(value, "shape")
+        for axis, size in enumerate(value.shape)
+    }
     return next((c.words for c, check in checks if not check(sizes)), None)

@@ -6,23 +6,22 @@ parameter is a new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
-from rewrite.frontend.skeleton import holders
 
+from .fakes import Fakes, fake_value
 from .nodes import attribute
 from .program import Container, Program
+from .tree import holders
 
 Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter"]
 _KEPT_META = ("nn_module_stack", "stack_trace", "whole")
@@ -38,10 +37,6 @@ class Change:
     detail: str
     old: nn.Module | None = None
     new: nn.Module | None = None
-
-
-Fakes = dict[tuple[Any, ...], torch.Tensor]
-"""FakeTensors of one mode, by size, stride, dtype and device."""
 
 
 class Editor:
@@ -85,8 +80,14 @@ class Editor:
             made = self.graph.call_module(path, tuple(inputs))
         return self._inserted(made, after, f"{_kind(layer)} at {path}", layer)
 
-    def insert_function(self, target: Callable[..., Any], args: Sequence[Argument],
-                        kwargs: Mapping[str, Argument] | None = None, *, after: Node) -> Node:
+    def insert_function(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Argument],
+        kwargs: Mapping[str, Argument] | None = None,
+        *,
+        after: Node,
+    ) -> Node:
         """Call a function (an ATen overload) on ``args``, right after a node; the node of its value."""
         with self.graph.inserting_after(after):
             made = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
@@ -185,61 +186,3 @@ def _kind(layer: nn.Module) -> str:
 
 def _shapes(value: Any) -> Any:
     return pytree.tree_map(lambda v: (tuple(str(s) for s in v.shape), v.dtype) if isinstance(v, torch.Tensor) else v, value)
-
-
-def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None = None, known: Fakes | None = None) -> Any:
-    """What a node computes on FakeTensors: those in ``values``, else the ones that its inputs carry.
-
-    ``known`` keeps the fakes of parameters from call to call: making them costs as much as the layer.
-    """
-    known = {} if known is None else known
-    def fake(source: Node) -> Any:
-        return values[source] if values is not None and source in values else source.meta.get("val")
-
-    args = torch.fx.map_arg(node.args, fake)
-    kwargs = torch.fx.map_arg(dict(node.kwargs), fake)
-    mode = _fake_mode([args, kwargs]) or _fake_mode([n.meta.get("val") for n in node.graph.nodes])
-    with mode or _nothing(), torch.no_grad():
-        if node.op == "call_function":
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        layer = attribute(module, str(node.target))
-        if mode is None:
-            return layer(*args, **kwargs)
-        state = {name: _fake(t, known) for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-        with _evaluating(layer):
-            return torch.func.functional_call(layer, state, args, kwargs)
-
-
-def _fake(tensor: torch.Tensor, known: Fakes) -> torch.Tensor:
-    """A tensor like this one, made under the current mode."""
-    layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    if layout not in known:
-        known[layout] = torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=layout[3])
-    return known[layout]
-
-
-@contextmanager
-def _evaluating(layer: nn.Module) -> Iterator[None]:
-    """The layer in evaluation mode: in training some read data, which fake tensors do not have."""
-    modes = {part: part.training for part in layer.modules()}
-    layer.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _fake_mode(values: Any) -> FakeTensorMode | None:
-    for leaf in pytree.tree_leaves(values):
-        if isinstance(leaf, torch._subclasses.FakeTensor):
-            return leaf.fake_mode
-    return None
-
-

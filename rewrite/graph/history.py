@@ -87,12 +87,28 @@ class Record:
     def from_json(cls, data: Mapping[str, Any]) -> Record:
         """The record that ``to_json`` wrote."""
         verification = data["verification"]
-        proof = None if verification is None else Verification(
-            tuple(Check(**dict(c.items())) for c in verification["checks"]),
-            verification["seconds"], verification["seed"])
-        return cls(data["name"], data["text"], data["options"], data["seconds"],
-                   tuple(Site(**s) for s in data["changes"]), tuple(Skipped(**s) for s in data["skipped"]),
-                   tuple(data["warnings"]), data["contract"], tuple(data["parameters"]), proof, data.get("data"))
+        proof = (
+            None
+            if verification is None
+            else Verification(
+                tuple(Check(**dict(c.items())) for c in verification["checks"]),
+                verification["seconds"],
+                verification["seed"],
+            )
+        )
+        return cls(
+            data["name"],
+            data["text"],
+            data["options"],
+            data["seconds"],
+            tuple(Site(**s) for s in data["changes"]),
+            tuple(Skipped(**s) for s in data["skipped"]),
+            tuple(data["warnings"]),
+            data["contract"],
+            tuple(data["parameters"]),
+            proof,
+            data.get("data"),
+        )
 
 
 def _plain(value: Any) -> Any:

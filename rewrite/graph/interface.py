@@ -82,8 +82,10 @@ class Interface:
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"the graph takes a tensor of shape {_shape_text(shape)}, got {type(value).__name__}")
         if value.dim() != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
-            raise ValueError(f"an input of shape {tuple(value.shape)} where the capture fixed {_shape_text(shape)}: "
-                             "capture the model again with such inputs")
+            raise ValueError(
+                f"an input of shape {tuple(value.shape)} where the capture fixed {_shape_text(shape)}: "
+                "capture the model again with such inputs"
+            )
 
     def _enter_argument(self, argument: Argument, value: Any, flat: list[Any]) -> None:
         if len(argument.leaves) == 1 and argument.leaves[0] is not None and isinstance(value, torch.Tensor):
@@ -95,8 +97,10 @@ class Interface:
             return
         if spec != argument.spec:
             captured = "a tensor" if argument.spec.is_leaf() else str(argument.spec)
-            raise ValueError(f"argument {argument.name!r} was captured as {captured}; got {type(value).__name__}: "
-                             "capture the model again with that value")
+            raise ValueError(
+                f"argument {argument.name!r} was captured as {captured}; got {type(value).__name__}: "
+                "capture the model again with that value"
+            )
         for place, constant, leaf in zip(argument.leaves, argument.constants, leaves, strict=True):
             if place is None:
                 self._check_constant(argument.name, constant, leaf)
@@ -113,13 +117,15 @@ class Interface:
         if given is None:
             return
         what = "a tensor" if isinstance(given, torch.Tensor) else repr(given)
-        raise ValueError(f"argument {name!r} was captured as {captured!r} and is part of the graph; "
-                         f"got {what}: capture the model again with that value")
+        raise ValueError(
+            f"argument {name!r} was captured as {captured!r} and is part of the graph; "
+            f"got {what}: capture the model again with that value"
+        )
 
     def leave(self, outputs: Sequence[Any], training: bool) -> Any:
         """Rebuild the model's output structure (which may differ by mode) from the graph's flat outputs."""
         spec = self.output_specs[0 if training else 1]
-        return pytree.tree_unflatten(list(outputs)[:spec.num_leaves], spec)
+        return pytree.tree_unflatten(list(outputs)[: spec.num_leaves], spec)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flat graph inputs for a call ``model(*args, **kwargs)``."""
@@ -163,8 +169,11 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
     packed: list[str] = []
     keyword_only = False
     parameters = list(interface.signature.parameters.values())
-    constants = {a.name: pytree.tree_unflatten(list(a.constants), a.spec) for a in interface.arguments
-                 if all(place is None for place in a.leaves)}
+    constants = {
+        a.name: pytree.tree_unflatten(list(a.constants), a.spec)
+        for a in interface.arguments
+        if all(place is None for place in a.leaves)
+    }
     for i, parameter in enumerate(parameters):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
             if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
@@ -172,20 +181,24 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
             keyword_only = True
         # what is left out is what it was at capture; the signature that is shown has the model's own default
         declared.append(_declare(parameter, constants.get(parameter.name, parameter.default), i, names))
-        if (parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-                and (i + 1 == len(parameters) or parameters[i + 1].kind is not parameter.kind)):
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and (
+            i + 1 == len(parameters) or parameters[i + 1].kind is not parameter.kind
+        ):
             declared.append("/")
         packed.append(_pack(parameter))
-    source = (f"def forward(self, {', '.join(declared)}):\n"
-              f"    values = {{{', '.join(packed)}}}\n"
-              f"    return interface.leave(run(self, *interface.enter(values)), self.training)\n")
+    source = (
+        f"def forward(self, {', '.join(declared)}):\n"
+        f"    values = {{{', '.join(packed)}}}\n"
+        f"    return interface.leave(run(self, *interface.enter(values)), self.training)\n"
+    )
     exec(compile(source, "<rewrite.forward>", "exec"), names)
     forward: Callable[..., Any] = names["forward"]
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY:
         self_parameter = self_parameter.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = interface.signature.replace(  # type: ignore[attr-defined]
-        parameters=[self_parameter, *parameters], return_annotation=inspect.Signature.empty)
+        parameters=[self_parameter, *parameters], return_annotation=inspect.Signature.empty
+    )
     return forward
 
 

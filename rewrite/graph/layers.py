@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -16,19 +18,22 @@ class ScaledDotProductAttention(nn.Module):
     Shapes: q [..., heads, queries, size], k and v [..., heads, keys, size].
     """
 
-    def __init__(self, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-                 enable_gqa: bool = False) -> None:
+    def __init__(
+        self, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False
+    ) -> None:
         super().__init__()
         self.dropout_p = dropout_p
         self.is_causal = is_causal
         self.scale = scale
         self.enable_gqa = enable_gqa
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa)
+            query, key, value, attn_mask, dropout_p, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
+        )
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}"
@@ -60,3 +65,58 @@ class ModalOperator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.overload}, " + ", ".join(f"{k}={t}/{e}" for k, (t, e) in self.modal.items())
+
+
+@dataclass
+class FunctionCall:
+    """A call ``function.apply(*args)``: where the tensors stand among the arguments, and the output structure."""
+
+    function: type[torch.autograd.Function]
+    spec: pytree.TreeSpec
+    constants: tuple[Any, ...]
+    tensor_places: tuple[int, ...]
+    output_spec: pytree.TreeSpec | None = None
+    output_constants: tuple[Any, ...] = ()
+    output_places: tuple[int, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionCall:
+        return self  # nothing changes it after the trace
+
+    def arguments(self, tensors: list[torch.Tensor]) -> Any:
+        leaves = list(self.constants)
+        for place, tensor in zip(self.tensor_places, tensors, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+class AutogradFunction(nn.Module):
+    """Calls a user's own autograd function; its forward and backward are opaque to passes."""
+
+    def __init__(self, call: FunctionCall) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        outputs = self.call.function.apply(*self.call.arguments(list(tensors)))
+        leaves = pytree.tree_leaves(outputs)
+        return [leaves[i] for i in self.call.output_places]
+
+    def extra_repr(self) -> str:
+        return f"{self.call.function.__module__}.{self.call.function.__qualname__}"
+
+
+class Constants(nn.Module):
+    """Tensors that a model's code holds as constants. They move with the module but keep their dtype."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = tuple(tensors)
+        self.__dict__.update(tensors)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Constants:
+        super()._apply(fn, recurse)
+        for name in self.names:
+            tensor = self.__dict__[name]
+            device = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device
+            self.__dict__[name] = tensor.to(device)
+        return self

@@ -76,8 +76,10 @@ class LayerGraph(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RewriteError("a layer graph is not pickled: use rewrite.save(program, 'x.pt2'), or rewrite.graft to "
-                           "get your own class back and torch.save that")
+        raise RewriteError(
+            "a layer graph is not pickled: use rewrite.save(program, 'x.pt2'), or rewrite.graft to "
+            "get your own class back and torch.save that"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from rewrite.graph.program import LayerGraph, Program
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from rewrite.backends.eager import evaluated
 from rewrite.graph.interface import Argument, Interface
 
 if TYPE_CHECKING:
@@ -128,8 +134,12 @@ def other_sizes(program: Program) -> Iterator[tuple[str, list[list[torch.Tensor]
         return
     base = examples(program)
     rules: list[Callable[[Dimension], int]] = [
-        lambda d: d.size + 1, lambda d: 2 * d.size, lambda d: max(2, d.size // 2),
-        lambda d: d.size + (d.axis == 0), lambda d: d.size * (1 + (d.axis == 0))]
+        lambda d: d.size + 1,
+        lambda d: 2 * d.size,
+        lambda d: max(2, d.size // 2),
+        lambda d: d.size + (d.axis == 0),
+        lambda d: d.size * (1 + (d.axis == 0)),
+    ]
     yield "another size", [resized(program, base, rule) for rule in rules]
     yield "a batch of one", [resized(program, base, lambda d: 1 if d.axis == 0 else d.size)]
 
@@ -142,3 +152,10 @@ def resized(program: Program, inputs: Sequence[torch.Tensor], size: Callable[[Di
             value = value.index_select(axis, torch.arange(size(dimension)) % value.shape[axis])
         made.append(value)
     return made
+
+
+def evaluated(program: Program) -> LayerGraph:
+    """A copy of the program's module in evaluation mode; the program is left as it is."""
+    module = program.clone().module
+    module.eval()
+    return module

@@ -53,16 +53,20 @@ def _check_class(program: Program, model: nn.Module) -> None:
     if isinstance(model, LayerGraph):
         raise RewriteError("graft takes your own model, not a program's module")
     if kind != program.origin.model_class:
-        raise RewriteError(f"the program was captured from {program.origin.model_class}, this model is a {kind}: "
-                           "graft onto an instance of the captured class")
+        raise RewriteError(
+            f"the program was captured from {program.origin.model_class}, this model is a {kind}: "
+            "graft onto an instance of the captured class"
+        )
 
 
 def _check_shapes(program: Program, model: nn.Module) -> None:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for name, shape in program.origin.parameter_shapes.items():
         if shapes.get(name) != shape:
-            raise RewriteError(f"parameter {name} has shape {shapes.get(name)} in this model and {shape} in the captured "
-                               "one: build it with the captured model's configuration")
+            raise RewriteError(
+                f"parameter {name} has shape {shapes.get(name)} in this model and {shape} in the captured "
+                "one: build it with the captured model's configuration"
+            )
 
 
 def _edited_paths(program: Program) -> Iterator[str]:
@@ -71,8 +75,10 @@ def _edited_paths(program: Program) -> Iterator[str]:
             if site.kind == "set parameter":
                 continue
             if site.kind != "replace layer":
-                raise RewriteError(f"pass {record.text} changed the graph between layers ({site.kind} at {site.path}): "
-                                   "that cannot be put into your class; save the program as .pt2")
+                raise RewriteError(
+                    f"pass {record.text} changed the graph between layers ({site.kind} at {site.path}): "
+                    "that cannot be put into your class; save the program as .pt2"
+                )
             yield site.path
 
 
@@ -85,15 +91,19 @@ def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
     if not isinstance(module, nn.Module):
         base = path.rpartition("_")[0]
         if isinstance(attribute(model, base), nn.Module):
-            raise RewriteError(f"{base} is a module called several times, of which one call was edited: your class "
-                               "cannot hold that; edit all its calls, or save the program as .pt2")
+            raise RewriteError(
+                f"{base} is a module called several times, of which one call was edited: your class "
+                "cannot hold that; edit all its calls, or save the program as .pt2"
+            )
         raise RewriteError(f"{path} is no module of your model but a call inside its code: save the program as .pt2")
     calls = [n for n in program.graph.nodes if n.op == "call_module" and n.target == path]
     tails = {() if n.meta.get("whole") else _children_after(n) for n in calls}
     tail = tails.pop() if len(tails) == 1 else None
     if tail is None or (tail and len(inspect.signature(module.forward).parameters) != 1):
-        raise RewriteError(f"{path} is a {type(module).__name__}, which does more than the layer that was replaced in it: "
-                           "save the program as .pt2")
+        raise RewriteError(
+            f"{path} is a {type(module).__name__}, which does more than the layer that was replaced in it: "
+            "save the program as .pt2"
+        )
     return tail
 
 
@@ -174,9 +184,11 @@ def _verify(program: Program, made: nn.Module) -> None:
     for mode in modes:
         gap, tolerance = _gap(program, made, args, kwargs, mode)
         if gap.largest > tolerance:
-            raise RewriteError(f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
-                               f"gradients {gap.gradients:.1e} at {gap.worst_gradient or 'none'}, buffers "
-                               f"{gap.buffers:.1e}) {gap.problem}: save the program as .pt2")
+            raise RewriteError(
+                f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
+                f"gradients {gap.gradients:.1e} at {gap.worst_gradient or 'none'}, buffers "
+                f"{gap.buffers:.1e}) {gap.problem}: save the program as .pt2"
+            )
 
 
 def _gap(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode) -> tuple[Difference, float]:
@@ -189,5 +201,7 @@ def _gap(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode) 
 
 
 def _compared(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode, *, exact: bool) -> Difference:
-    return difference(run(program.module, args, kwargs, mode, exact=exact, by_layer=False),
-                      run(made, args, kwargs, mode, exact=exact, by_layer=False))
+    return difference(
+        run(program.module, args, kwargs, mode, exact=exact, by_layer=False),
+        run(made, args, kwargs, mode, exact=exact, by_layer=False),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from rewrite.errors import RewriteError, did_you_mean
 from rewrite.graph.program import Program
-from rewrite.pipeline.registry import get_backend
+from rewrite.plugins import BACKENDS, find, installed, load, provider
 
 
 def lower(program: Program, backend: str = "eager", **options: Any) -> Callable[..., Any]:
@@ -45,3 +45,22 @@ def _called(backend: str, program: Program, *args: Any, **options: Any) -> Any:
         hint = did_you_mean(wrong, known) if wrong else ""
         raise RewriteError(f"backend '{backend}': {error}{hint}; its options: {', '.join(known) or 'none'}") from None
     return function(program, *args, **options)
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names of all installed backends, sorted; raises as `pass_names` does."""
+    return tuple(installed(BACKENDS))
+
+
+def get_backend(name: str) -> Callable[..., Any]:
+    """The lowering function of the backend with this name.
+
+    Raises `RewriteError` for an unknown name, naming the nearest, and for an entry point that cannot be
+    imported or called.
+    """
+    entry_point = find(BACKENDS, "backend", name)
+    found = load(entry_point, "backend")
+    if not callable(found):
+        raise RewriteError(f"backend '{name}' from {provider(entry_point)} is refused: it is no function")
+    lowering: Callable[..., Any] = found
+    return lowering

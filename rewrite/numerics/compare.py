@@ -74,13 +74,21 @@ class Comparison:
         lines = []
         for mode, exact in self.exact.items():
             native = self.native[mode]
-            lines.append(f"{mode}: outputs {exact.outputs:.1e} gradients {exact.gradients:.1e} buffers "
-                         f"{exact.buffers:.1e} (own dtype {native.outputs:.1e} {native.gradients:.1e}) {exact.problem}")
+            lines.append(
+                f"{mode}: outputs {exact.outputs:.1e} gradients {exact.gradients:.1e} buffers "
+                f"{exact.buffers:.1e} (own dtype {native.outputs:.1e} {native.gradients:.1e}) {exact.problem}"
+            )
         return ("same" if self.same else "DIFFERENT") + "\n" + "\n".join(lines)
 
 
-def verify(a: Program | nn.Module, b: Program | nn.Module, args: Sequence[Any] | None = None,
-           kwargs: Mapping[str, Any] | None = None, *, seed: int = 0) -> Comparison:
+def verify(
+    a: Program | nn.Module,
+    b: Program | nn.Module,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> Comparison:
     """Compare two programs or modules on one input, in eval and in training.
 
     Errors are relative, ``max|a - b| / max|a|``, over outputs, gradients (of a random projection of the outputs) of
@@ -108,8 +116,9 @@ def _module(program: Program | nn.Module) -> nn.Module:
     return program.module if isinstance(program, Program) else program
 
 
-def _inputs(a: Any, b: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(
+    a: Any, b: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args is None and kwargs is None:
         for program in (a, b):
             if isinstance(program, Program):
@@ -118,8 +127,17 @@ def _inputs(a: Any, b: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any
     return tuple(args or ()), dict(kwargs or {})
 
 
-def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode, *, exact: bool,
-        seed: int = 0, gradients: bool = True, by_layer: bool = True) -> Run:
+def run(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: Mode,
+    *,
+    exact: bool,
+    seed: int = 0,
+    gradients: bool = True,
+    by_layer: bool = True,
+) -> Run:
     """One forward and backward pass on a copy of ``module``, seeded; in float64 throughout where ``exact``.
 
     The random layers of a layer graph are seeded each by itself where ``by_layer``; otherwise, and in any other module,
@@ -187,10 +205,12 @@ def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference
     shared = [n for n in a.gradients if n in b.gradients and (names is None or n in names)]
     errors = {n: _gradient_error(a.gradients[n], b.gradients[n]) for n in shared}
     worst = max(errors, key=lambda n: errors[n], default="")
-    buffers = [relative_error(t, b.buffers[n]) for n, t in a.buffers.items()
-               if n in b.buffers and b.buffers[n].shape == t.shape]
-    return Difference(max(map(relative_error, a.outputs, b.outputs), default=0.0), errors.get(worst, 0.0),
-                      max(buffers, default=0.0), worst)
+    buffers = [
+        relative_error(t, b.buffers[n]) for n, t in a.buffers.items() if n in b.buffers and b.buffers[n].shape == t.shape
+    ]
+    return Difference(
+        max(map(relative_error, a.outputs, b.outputs), default=0.0), errors.get(worst, 0.0), max(buffers, default=0.0), worst
+    )
 
 
 def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
@@ -224,3 +244,17 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _infinities(value: torch.Tensor) -> torch.Tensor:
     return torch.where(value.isinf(), value.sign(), 2 * value.isnan())
+
+
+_MODES: tuple[Mode, ...] = ("eval", "train")
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same values (NaN equals NaN); on the meta device, the same shape."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return (
+        a.is_meta
+        or torch.equal(a, b)
+        or bool(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
+    )

@@ -24,8 +24,11 @@ def seeded(module: nn.Module, seed: int) -> Iterator[None]:
     Anything else that draws uses the global generator, seeded with ``seed``. Generator states are restored.
     """
     calls: Counter[str] = Counter()
-    handles = [layer.register_forward_pre_hook(_reseed(path, seed, calls))
-               for path, layer in module.named_modules() if path and draws(layer)]
+    handles = [
+        layer.register_forward_pre_hook(_reseed(path, seed, calls))
+        for path, layer in module.named_modules()
+        if path and draws(layer)
+    ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

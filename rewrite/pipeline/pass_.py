@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.proof.contract import Contract
 
-    from .run import Context
+    from .context import Context
 
 Json = bool | int | float | str | None
 T = TypeVar("T")
@@ -85,20 +85,14 @@ class Pass(abc.ABC):
                 known = f"it has {', '.join(kinds)}" if kinds else "it has none"
                 hint = did_you_mean(name, kinds) or f"; {known}"
                 raise OptionError(f"pass '{cls.name}' has no option '{name}'{hint}", name)
-        return cls(
-            **{
-                name: _converted(cls, name, kinds[name], kinds[name].parse, text)
-                for name, text in options.items()
-            }
-        )
+        return cls(**{name: _converted(cls, name, kinds[name], kinds[name].parse, text) for name, text in options.items()})
 
     @property
     def text(self) -> str:
         """The pass as pipeline text, with the options that differ from their defaults."""
         default = type(self)()
         shown = [
-            (name, _shown(self, name, kind), _shown(default, name, kind))
-            for name, kind in _option_types(type(self)).items()
+            (name, _shown(self, name, kind), _shown(default, name, kind)) for name, kind in _option_types(type(self)).items()
         ]
         changed = tuple((name, text) for name, text, standard in shown if text != standard)
         return print_pipeline([Element(self.name, changed)])
@@ -180,9 +174,7 @@ def _converted(cls: type[Pass], name: str, kind: OptionType, convert: Any, value
     try:
         return convert(value)
     except (ValueError, TypeError, OverflowError):
-        raise OptionError(
-            f"option '{name}' of pass '{cls.name}' expects {kind.label}, got {value!r}", name
-        ) from None
+        raise OptionError(f"option '{name}' of pass '{cls.name}' expects {kind.label}, got {value!r}", name) from None
     except RewriteError as error:
         raise OptionError(f"option '{name}' of pass '{cls.name}': {error}", name) from None
 

@@ -6,18 +6,13 @@ Listing names imports no pass and no backend; getting one imports only that one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from collections.abc import Sequence
 
-from rewrite.errors import OptionError, PipelineError, RewriteError, did_you_mean
+from rewrite.errors import OptionError, PipelineError, RewriteError
+from rewrite.plugins import PASSES, find, installed, load, provider, unknown
 
 from .pass_ import Pass, describe
 from .text import Element, parse
-
-PASSES = "rewrite.passes"
-BACKENDS = "rewrite.backends"
-INSTALL = "rewrite is not installed and so has no passes: run `pip install -e .` in its folder"
 
 
 def pass_names() -> tuple[str, ...]:
@@ -25,7 +20,7 @@ def pass_names() -> tuple[str, ...]:
 
     Raises `RewriteError` when two packages provide the same name, or nothing is installed.
     """
-    return tuple(_entry_points(PASSES))
+    return tuple(installed(PASSES))
 
 
 def get_pass(name: str) -> type[Pass]:
@@ -35,32 +30,13 @@ def get_pass(name: str) -> type[Pass]:
     imported or is no pass: not a frozen dataclass under `Pass`, of another name, or with a contract that
     promises nothing.
     """
-    entry_point = _find(PASSES, "pass", name)
-    found = _load(entry_point, "pass")
+    entry_point = find(PASSES, "pass", name)
+    found = load(entry_point, "pass")
     reason = _refusal(name, found)
     if reason:
-        raise RewriteError(f"pass '{name}' from {_provider(entry_point)} is refused: {reason}")
+        raise RewriteError(f"pass '{name}' from {provider(entry_point)} is refused: {reason}")
     pass_class: type[Pass] = found
     return pass_class
-
-
-def backend_names() -> tuple[str, ...]:
-    """The names of all installed backends, sorted; raises as `pass_names` does."""
-    return tuple(_entry_points(BACKENDS))
-
-
-def get_backend(name: str) -> Callable[..., Any]:
-    """The lowering function of the backend with this name.
-
-    Raises `RewriteError` for an unknown name, naming the nearest, and for an entry point that cannot be
-    imported or called.
-    """
-    entry_point = _find(BACKENDS, "backend", name)
-    found = _load(entry_point, "backend")
-    if not callable(found):
-        raise RewriteError(f"backend '{name}' from {_provider(entry_point)} is refused: it is no function")
-    lowering: Callable[..., Any] = found
-    return lowering
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
@@ -88,53 +64,11 @@ def as_passes(spec: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
 
 def _pass_of(element: Element, text: str) -> Pass:
     if element.name not in pass_names():
-        raise PipelineError(_unknown(PASSES, "pass", element.name), text, element.position)
+        raise PipelineError(unknown(PASSES, "pass", element.name), text, element.position)
     try:
         return get_pass(element.name).from_options(dict(element.options))
     except OptionError as error:
         raise PipelineError(str(error), text, element.position_of(error.option)) from None
-
-
-def _entry_points(group: str) -> dict[str, EntryPoint]:
-    """The group's entry points by name, sorted."""
-    found: dict[str, EntryPoint] = {}
-    for entry_point in sorted(entry_points(group=group), key=lambda each: each.name):
-        other = found.setdefault(entry_point.name, entry_point)
-        if other is not entry_point:
-            providers = " and ".join(sorted((_provider(other), _provider(entry_point))))
-            raise RewriteError(
-                f"'{entry_point.name}' in {group} is provided twice, by {providers}; uninstall one of them"
-            )
-    if not found:
-        raise RewriteError(INSTALL)
-    return found
-
-
-def _find(group: str, kind: str, name: str) -> EntryPoint:
-    found = _entry_points(group)
-    if name not in found:
-        raise RewriteError(_unknown(group, kind, name))
-    return found[name]
-
-
-def _unknown(group: str, kind: str, name: str) -> str:
-    known = tuple(_entry_points(group))
-    return f"there is no {kind} '{name}'{did_you_mean(name, known)}; installed: {', '.join(known)}"
-
-
-def _provider(entry_point: EntryPoint) -> str:
-    dist = entry_point.dist
-    package = f"{dist.name} {dist.version}" if dist else "an unknown package"
-    return f"{package} ({entry_point.value})"
-
-
-def _load(entry_point: EntryPoint, kind: str) -> Any:
-    try:
-        return entry_point.load()
-    except (ImportError, AttributeError) as error:
-        raise RewriteError(
-            f"{kind} '{entry_point.name}' from {_provider(entry_point)} cannot be imported: {error}"
-        ) from error
 
 
 def _refusal(name: str, found: object) -> str:

@@ -4,77 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
-from rewrite.errors import RewriteError, did_you_mean
 from rewrite.frontend.capture import capture
 from rewrite.graph.edit import Change, Editor
-from rewrite.graph.history import Record, Site, Skipped, Verification
+from rewrite.graph.history import Record, Site, Verification
 from rewrite.graph.program import Program
-from rewrite.proof.prove import VerificationError, prove, same_bytes
+from rewrite.numerics.compare import same_bytes
+from rewrite.proof.prove import prove
 
+from .context import Context
+from .crash import VerificationError
 from .pass_ import Pass
 from .registry import as_passes
-from .select import Selector
 
 PassSpec = str | Pass | Sequence[str | Pass]
-
-
-class Selectable(Protocol):
-    """What a selector can choose: something with a module path and type names."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def types(self) -> tuple[str, ...]: ...
-
-
-S = TypeVar("S", bound=Selectable)
-
-
-@dataclass
-class Context:
-    """What a pass works with: the editor, a place to note what it left alone or warns of, the seed, the data."""
-
-    edit: Editor
-    seed: int = 0
-    data: Any = None
-    skipped: list[Skipped] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def skip(self, path: str, reason: str) -> None:
-        """Note a place that was eligible and is left alone."""
-        self.skipped.append(Skipped(path, reason))
-
-    def warn(self, message: str) -> None:
-        """Note something that the user should know before using the result."""
-        self.warnings.append(message)
-
-    def choose(self, sites: Iterable[S], where: Selector) -> list[S]:
-        """The sites that a selector chooses; the others are noted as skipped.
-
-        Raises RewriteError when there are sites and the selector matches none of them.
-        """
-        sites = list(sites)
-        chosen = [s for s in sites if where.matches(s.path, s.types)]
-        if sites and not chosen:
-            paths = [s.path for s in sites]
-            hint = did_you_mean(str(where), paths) or f"; there are {', '.join(paths[:5])}" + ", ..." * (len(paths) > 5)
-            raise RewriteError(f"where={where} matches none of the {len(sites)} places this pass can change{hint}")
-        kept = {id(s) for s in chosen}
-        for site in sites:
-            if id(site) not in kept:
-                self.skip(site.path, f"not selected by where={where}")
-        return chosen
 
 
 class Listener(Protocol):
@@ -83,9 +35,19 @@ class Listener(Protocol):
     def __call__(self, step: str) -> None: ...
 
 
-def apply(model: Program | nn.Module, passes: PassSpec, args: Sequence[Any] | None = None,
-          kwargs: Mapping[str, Any] | None = None, *, seed: int = 0, verify: bool = True, share: bool = False,
-          data: Any = None, crash_folder: Path | None = None, listener: Listener = lambda step: None) -> Program:
+def apply(
+    model: Program | nn.Module,
+    passes: PassSpec,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    verify: bool = True,
+    share: bool = False,
+    data: Any = None,
+    crash_folder: Path | None = None,
+    listener: Listener = lambda step: None,
+) -> Program:
     """Run passes over a program (or a module, which is captured first); the result is a new Program.
 
     ``passes`` is pipeline text, a pass, or a list of both. Each pass is verified against its contract unless ``verify``
@@ -103,14 +65,23 @@ def apply(model: Program | nn.Module, passes: PassSpec, args: Sequence[Any] | No
         program = capture(model, tuple(args or ()), kwargs)
     for step in chain:
         listener(f"running {step.text}")
-        program = run_pass(program, step, seed=seed, share=share, data=data, verify=verify, listener=listener,
-                           crash_folder=crash_folder)
+        program = run_pass(
+            program, step, seed=seed, share=share, data=data, verify=verify, listener=listener, crash_folder=crash_folder
+        )
     return program if chain else program.clone(share=share)
 
 
-def run_pass(program: Program, step: Pass, *, seed: int = 0, share: bool = False, data: Any = None,
-             verify: bool = True, crash_folder: Path | None = None,
-             listener: Listener = lambda step: None) -> Program:
+def run_pass(
+    program: Program,
+    step: Pass,
+    *,
+    seed: int = 0,
+    share: bool = False,
+    data: Any = None,
+    verify: bool = True,
+    crash_folder: Path | None = None,
+    listener: Listener = lambda step: None,
+) -> Program:
     """One pass over a copy of ``program``, recorded and, if asked, verified."""
     began = time.perf_counter()
     result, context = rewritten(program, step, seed=seed, share=share, data=data)
@@ -121,19 +92,27 @@ def run_pass(program: Program, step: Pass, *, seed: int = 0, share: bool = False
     verification: Verification | None = None
     if verify:
         listener(f"verifying {step.text}")
-        verification = prove(program, result, context.edit.changes, step, seed, data=data, rerun=rewritten,
-                             changed=changed)
-    record = Record(step.name, step.text, step.options(), seconds, _sites(context.edit.changes), tuple(context.skipped),
-                    tuple(context.warnings), str(step.contract()), (_count(program), _count(result)), verification,
-                    digest(data))
+        verification = prove(program, result, context.edit.changes, step, seed, data=data, rerun=rewritten, changed=changed)
+    record = Record(
+        step.name,
+        step.text,
+        step.options(),
+        seconds,
+        _sites(context.edit.changes),
+        tuple(context.skipped),
+        tuple(context.warnings),
+        str(step.contract()),
+        (_count(program), _count(result)),
+        verification,
+        digest(data),
+    )
     result = replace(result, history=(*program.history, record))
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, seed, crash_folder or Path.cwd())
     return result
 
 
-def rewritten(program: Program, step: Pass, *, seed: int, share: bool = False, data: Any = None
-              ) -> tuple[Program, Context]:
+def rewritten(program: Program, step: Pass, *, seed: int, share: bool = False, data: Any = None) -> tuple[Program, Context]:
     """A copy of ``program`` after a pass, and the context that the pass left."""
     result = program.clone(share=share)
     context = Context(Editor(result, step.text), seed, data)

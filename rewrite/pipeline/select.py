@@ -67,9 +67,7 @@ def _parse_term(term: str, text: str) -> _Term:
     body = term.removeprefix("!")
     kind, pattern = body.split(":", 1) if ":" in body else (None, body)
     if kind not in (None, "type", "re"):
-        raise RewriteError(
-            f"selector {text!r}: '{kind}:' starts no term; use a glob over paths, type: or re:"
-        )
+        raise RewriteError(f"selector {text!r}: '{kind}:' starts no term; use a glob over paths, type: or re:")
     if not pattern or (pattern.startswith("!") and kind is None):
         raise RewriteError(f"selector {text!r} has an empty or doubly negated term; '*' selects everything")
     try:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class Promise(enum.Enum):
@@ -41,3 +46,11 @@ class Contract:
 
     def __str__(self) -> str:
         return f"forward {self.forward.value}, backward {self.backward.value}"
+
+
+class Promising(Protocol):
+    """What the proof needs of a pass: its contract, and the formula of what it inserts."""
+
+    def contract(self) -> Contract: ...
+
+    def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor: ...

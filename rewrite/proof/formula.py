@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from rewrite.graph.edit import Change
-from rewrite.numerics.compare import relative_error
+from rewrite.graph.history import Check
+from rewrite.graph.program import Program
+from rewrite.numerics.compare import TOLERANCE, relative_error
 from rewrite.numerics.exact import ExactArithmetic
-from rewrite.pipeline.pass_ import Pass
+from rewrite.numerics.probes import record_inputs
+
+from .contract import Promising
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -27,7 +32,7 @@ class _Compared:
     wanted: Gradients
 
 
-def formula_error(step: Pass, change: Change, recorded: Sequence[torch.Tensor]) -> float:
+def formula_error(step: Promising, change: Change, recorded: Sequence[torch.Tensor]) -> float:
     """The largest relative error of outputs and gradients in float64, on the recorded inputs and on normal ones.
 
     A gradient counts relative to the larger of the two: where a layer is saturated its gradient is rounding alone.
@@ -46,8 +51,9 @@ def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
-def _compared(step: Pass, old: nn.Module | None, layer: nn.Module, inputs: Sequence[torch.Tensor],
-              generator: torch.Generator) -> _Compared:
+def _compared(
+    step: Promising, old: nn.Module | None, layer: nn.Module, inputs: Sequence[torch.Tensor], generator: torch.Generator
+) -> _Compared:
     variables = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
     with ExactArithmetic():
         got = layer(*variables)
@@ -67,3 +73,18 @@ def _gradient_error(got: Gradients, wanted: Gradients) -> float:
 
 def _joined(gradients: Gradients) -> torch.Tensor:
     return torch.cat([g.reshape(-1) for g in gradients if g is not None] or [torch.zeros(0)])
+
+
+def formula_checks(
+    after: Program, changes: Sequence[Change], step: Promising, args: Any, kwargs: Any, seed: int
+) -> Iterator[Check]:
+    """Each inserted layer against the pass's own formula, on the site's recorded input, in float64, gradient too."""
+    recorded = record_inputs(after, {c.path for c in changes if c.new is not None}, args, kwargs, seed)
+    worst, where = 0.0, ""
+    for change in changes:
+        if change.new is None:
+            continue
+        error = formula_error(step, change, recorded[change.path])
+        if error >= worst:
+            worst, where = error, change.path
+    yield Check("formula", worst <= TOLERANCE, f"{len(recorded)} layers, worst at {where}", worst)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewrite.errors import RewriteError, did_you_mean
 
-from .pickle_vet import import_mended, mended, why_import_fails
+from .compat import import_mended, mended, why_import_fails
 from .pickles import current_folder_importable, load_module
 
 FORMS = "a .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory"

@@ -10,28 +10,19 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.util
-import json
 import re
-import site
-import sys
-import sysconfig
 import types
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import unquote, urlparse
+from typing import Any
 
 import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
 
-from .compat import mend_torchvision
+from .compat import import_mended, why_import_fails
+from .installed import _Installed
 from .pickle_scan import Global, Node, Scan
 
 REBUILD = {
@@ -57,9 +48,6 @@ _CALLED = REBUILD | _DATA | {TYPED, _GETATTR, "functools.partial", "_codecs.enco
 _FUNCTIONS = {"torch.nn.functional", "torch._C._nn", "torch._C._special"}
 _HOOKS = re.compile(r"_.*_hooks(_with_kwargs|_always_called)?|_compiled_call_impl")
 Allowed = tuple[Callable[..., Any], str]
-T = TypeVar("T")
-# transformers imports it late, and hides the reason when that fails
-_NEED_TORCHVISION = {"timm", "torchvision", "transformers"}
 # Beside `__del__` and unpickling methods: what turns a stored value into a call.
 _ACTIVE = {"__new__", "__call__", "__del__", "__getattr__", "__setstate__", "__reduce__", "__reduce_ex__"}
 
@@ -238,38 +226,6 @@ def _import(name: Global, installed: _Installed) -> Any:
     return value
 
 
-def import_mended(name: str) -> types.ModuleType:
-    """Import a module, with torchvision mended before it or, where nobody knew that it is needed, after it failed."""
-    if name.partition(".")[0] in _NEED_TORCHVISION:
-        _needed_mending()
-    return mended(lambda: importlib.import_module(name))
-
-
-def mended(action: Callable[[], T]) -> T:
-    """What the action returns; one that fails beside a torchvision in need of mending is tried again."""
-    try:
-        return action()
-    except Exception:
-        if not _needed_mending():
-            raise
-    return action()
-
-
-def _needed_mending() -> bool:
-    """Whether torchvision was broken and is now mended; one past that is the business of whoever imports it."""
-    with suppress(Exception):
-        return mend_torchvision() is not None
-    return False
-
-
-def why_import_fails(error: Exception) -> str:
-    """The reason on one line, and the way out of the most common one."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "torchvision" in reason and "does not exist" in reason:
-        return f"{reason}: the installed torchvision was built for another torch; install the two together"
-    return reason
-
-
 def _is_on_tensors(name: str) -> bool:
     """Of torch's functions those that are tensor methods too, such as `tanh`. Others may write: `from_file`."""
     return not name.startswith("_") and hasattr(torch.Tensor, name)
@@ -327,66 +283,3 @@ def _is_module_node(value: Any, allowed: dict[str, Any]) -> bool:
 
 
 # ---- installed packages ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Installed:
-    """Where installers put packages, and the sources of those that are installed as editable."""
-
-    folders: tuple[Path, ...]
-
-    @classmethod
-    def here(cls) -> _Installed:
-        paths = sysconfig.get_paths()
-        folders = {paths["purelib"], paths["platlib"], *site.getsitepackages()}
-        folders |= {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
-        found = [folder for text in folders for folder in (Path(text).absolute(), Path(text).resolve())]
-        for distribution in metadata.distributions(path=sorted(folders)):
-            origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-            if origin.get("dir_info", {}).get("editable"):
-                found.append(Path(unquote(urlparse(origin["url"]).path)).resolve())
-        return cls((*found, Path(torch.__file__).parent))
-
-    def defines(self, name: Global) -> bool:
-        """Whether the source of an installed package has a class of this name. Nothing is imported to see."""
-        source = _find_source(name.module)
-        if source is None:
-            return False
-        spellings = (source, source.resolve())
-        if not any(path.is_relative_to(folder) for path in spellings for folder in self.folders):
-            return False
-        text = source.read_text(encoding="utf-8", errors="replace")
-        return re.search(rf"^\s*class\s+{name.name}\b", text, re.MULTILINE) is not None
-
-
-def _find_source(module: str) -> Path | None:
-    """The file that importing `module` runs, or ran."""
-    if module in sys.modules:
-        origin = getattr(sys.modules[module], "__file__", None)
-    else:
-        spec = _find_spec(module)
-        origin = spec.origin if spec else None
-    return Path(origin).absolute() if origin and origin.endswith(".py") else None
-
-
-def _find_spec(module: str) -> ModuleSpec | None:
-    """As `importlib.util.find_spec`, which would import the packages that hold the module."""
-    package, _, _ = module.rpartition(".")
-    if not package:
-        try:
-            return importlib.util.find_spec(module)
-        except (ImportError, ValueError):
-            return None
-    if package in sys.modules:
-        return _first_spec(module, list(getattr(sys.modules[package], "__path__", ())))
-    holder = _find_spec(package)
-    return _first_spec(module, list(holder.submodule_search_locations or ())) if holder else None
-
-
-def _first_spec(module: str, path: list[str]) -> ModuleSpec | None:
-    """What the first finder says: editable installations map packages by finders of their own."""
-    for finder in sys.meta_path:
-        found = finder.find_spec(module, path) if hasattr(finder, "find_spec") else None
-        if found is not None:
-            return found
-    return None

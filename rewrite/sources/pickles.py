@@ -21,8 +21,9 @@ from torch import nn
 
 from rewrite.errors import RewriteError
 
+from .compat import mended
 from .pickle_scan import Scan, UnreadableError, scan
-from .pickle_vet import REBUILD, TYPED, Allowed, RefusedError, mended, vet
+from .pickle_vet import REBUILD, TYPED, Allowed, RefusedError, vet
 
 TRUST = "if you trust where it comes from, --trust-pickle reads it and runs what it holds"
 _ZIP, _BEFORE_ZIP = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"

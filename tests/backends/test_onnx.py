@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
+from rewrite.backends.onnx import convert
 from rewrite.backends.onnx import export as backend
 from rewrite.graph.program import Program
 from tests.backends.models import Outputs, mlp, tokens, transformer
@@ -122,8 +123,7 @@ def test_weights_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rewrite.export_onnx(program, tmp_path / "asked.onnx", external_data=True)
     monkeypatch.setattr(backend, "_MOST_IN_ONE_FILE", 100)
     rewrite.export_onnx(program, tmp_path / "large.onnx")
-    assert sorted(f.name for f in tmp_path.iterdir()) == [
-        "asked.onnx", "asked.onnx.data", "large.onnx", "large.onnx.data"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["asked.onnx", "asked.onnx.data", "large.onnx", "large.onnx.data"]
     for name in ("asked.onnx", "large.onnx"):
         session = onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
         x = torch.randn(5, 8)
@@ -176,12 +176,12 @@ def test_an_unchecked_file(tmp_path: Path) -> None:
 
 def test_a_wrong_file_is_caught_at_another_size_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = mlp()
-    converted = backend._exported
+    converted = backend.export_flat
 
     def fixed(program: Program, flat: Any, inputs: Any, dynamic: bool) -> Any:
         return converted(program, flat, inputs, False)
 
-    monkeypatch.setattr(backend, "_exported", fixed)
+    monkeypatch.setattr(backend, "export_flat", fixed)
     with pytest.raises(rewrite.RewriteError, match="Mlp in ONNX fails with another size: "):
         rewrite.export_onnx(program, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -213,6 +213,6 @@ def test_weights_are_needed(tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "find_spec", lambda name: None if name == "onnxscript" else 1)
+    monkeypatch.setattr(convert, "find_spec", lambda name: None if name == "onnxscript" else 1)
     with pytest.raises(rewrite.RewriteError, match="ONNX needs onnxscript, not installed here: pip install onnxscript"):
         rewrite.export_onnx(mlp(), tmp_path / "model.onnx")

@@ -11,7 +11,7 @@ from rewrite.proof.contract import SAME
 
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
-    from rewrite.pipeline.run import Context
+    from rewrite.pipeline.context import Context
 
 
 @dataclass(frozen=True)

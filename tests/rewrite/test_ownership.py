@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rewrite import Program, apply
-from rewrite.frontend import capture
+from rewrite import Program, apply, capture, lower, verify
 from rewrite.graph.program import tensors_of
-from rewrite.lowering import lower
-from rewrite.numerics import compare as verify
 from tests.compare import CAPTURED, bytes_of, captured, case, model_of, outline, untouched
 
 NAMES = ["vit", "EncoderLayer", "RMSNormSpellings", "FrozenBatchNorm", "TiedHead", "SharedUnderTwoNames"]

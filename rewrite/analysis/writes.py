@@ -1,0 +1,100 @@
+"""Which values share memory, and which of them a graph writes in place."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from rewrite.graph.layers import ModalOperator
+from rewrite.graph.nodes import attribute, mutated_arguments, overload
+from rewrite.graph.regions import Region
+
+
+class Writes:
+    """Where tensors are written in place, by groups of values that may share memory."""
+
+    def __init__(self, graph: Graph, module: nn.Module) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.group: dict[Node, Node] = {}
+        self.writes: dict[Node, list[int]] = {}
+        for node in graph.nodes:
+            self._share(node, _aliased(module, node))
+            for written in _written(module, node):
+                self.writes.setdefault(self._root(written), []).append(self.order[node])
+        self.writes = self._merged()
+
+    def position(self, node: Node) -> int:
+        """The place of a node in execution order."""
+        return self.order[node]
+
+    def between(self, nodes: Sequence[Node]) -> bool:
+        """Whether something other than ``nodes`` writes, within their span, into a value that they read or make."""
+        own = {self.order[n] for n in nodes}
+        first, last = self.order[nodes[0]], self.order[nodes[-1]]
+        values = {self._root(v) for n in nodes for v in [n, *n.all_input_nodes]}
+        for value in values:
+            places = self.writes.get(value, [])
+            start = bisect.bisect_left(places, first)
+            if any(p not in own for p in places[start : bisect.bisect_right(places, last)]):
+                return True
+        return False
+
+    def into(self, node: Node) -> bool:
+        """Whether anything writes into a value."""
+        return self._root(node) in self.writes
+
+    def _root(self, node: Node) -> Node:
+        while self.group.get(node, node) is not node:
+            node = self.group[node]
+        return node
+
+    def _share(self, node: Node, others: list[Node]) -> None:
+        for other in others:
+            a, b = self._root(node), self._root(other)
+            if a is not b:
+                self.group[a] = b
+
+    def _merged(self) -> dict[Node, list[int]]:
+        merged: dict[Node, list[int]] = {}
+        for node, places in self.writes.items():
+            merged.setdefault(self._root(node), []).extend(places)
+        return {node: sorted(places) for node, places in merged.items()}
+
+
+def _aliased(module: nn.Module, node: Node) -> list[Node]:
+    """The inputs whose memory a node's value may share."""
+    found = overload(node)
+    if found is not None:
+        shared = []
+        for place, argument in enumerate(found._schema.arguments):
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if argument.alias_info is not None and isinstance(value, Node):
+                shared.append(value)
+        return shared
+    if node.op == "call_module" and not isinstance(attribute(module, str(node.target)), Region):
+        return [n for n in node.all_input_nodes if _same_shape(n, node)]
+    return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    x, y = a.meta.get("val"), b.meta.get("val")
+    return getattr(x, "shape", None) == getattr(y, "shape", ())
+
+
+def _written(module: nn.Module, node: Node) -> list[Node]:
+    if node.op != "call_module":
+        return list(mutated_arguments(node))
+    layer = attribute(module, str(node.target))
+    if isinstance(layer, Region):
+        places = {i for graph in layer.graphs.values() for i in _written_inputs(graph, layer)}
+        return [n for i, n in enumerate(node.args) if i in places and isinstance(n, Node)]
+    mutable = isinstance(layer, ModalOperator) and layer.overload._schema.is_mutable
+    return list(node.all_input_nodes) if mutable or getattr(layer, "inplace", False) else []
+
+
+def _written_inputs(graph: Graph, module: nn.Module) -> list[int]:
+    writes = Writes(graph, module)
+    return [i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if writes.into(n)]

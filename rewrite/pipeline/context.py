@@ -1,0 +1,62 @@
+"""What a pass works with while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from rewrite.errors import RewriteError, did_you_mean
+from rewrite.graph.edit import Editor
+from rewrite.graph.history import Skipped
+
+from .select import Selector
+
+
+class Selectable(Protocol):
+    """What a selector can choose: something with a module path and type names."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def types(self) -> tuple[str, ...]: ...
+
+
+S = TypeVar("S", bound=Selectable)
+
+
+@dataclass
+class Context:
+    """What a pass works with: the editor, a place to note what it left alone or warns of, the seed, the data."""
+
+    edit: Editor
+    seed: int = 0
+    data: Any = None
+    skipped: list[Skipped] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def skip(self, path: str, reason: str) -> None:
+        """Note a place that was eligible and is left alone."""
+        self.skipped.append(Skipped(path, reason))
+
+    def warn(self, message: str) -> None:
+        """Note something that the user should know before using the result."""
+        self.warnings.append(message)
+
+    def choose(self, sites: Iterable[S], where: Selector) -> list[S]:
+        """The sites that a selector chooses; the others are noted as skipped.
+
+        Raises RewriteError when there are sites and the selector matches none of them.
+        """
+        sites = list(sites)
+        chosen = [s for s in sites if where.matches(s.path, s.types)]
+        if sites and not chosen:
+            paths = [s.path for s in sites]
+            hint = did_you_mean(str(where), paths) or f"; there are {', '.join(paths[:5])}" + ", ..." * (len(paths) > 5)
+            raise RewriteError(f"where={where} matches none of the {len(sites)} places this pass can change{hint}")
+        kept = {id(s) for s in chosen}
+        for site in sites:
+            if id(site) not in kept:
+                self.skip(site.path, f"not selected by where={where}")
+        return chosen

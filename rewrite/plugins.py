@@ -1,0 +1,54 @@
+"""Entry points of a group: what is installed, what a name leads to, who provides it."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from .errors import RewriteError, did_you_mean
+
+PASSES = "rewrite.passes"
+
+BACKENDS = "rewrite.backends"
+
+INSTALL = "rewrite is not installed and so has no passes: run `pip install -e .` in its folder"
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The group's entry points by name, sorted."""
+    found: dict[str, EntryPoint] = {}
+    for entry_point in sorted(entry_points(group=group), key=lambda each: each.name):
+        other = found.setdefault(entry_point.name, entry_point)
+        if other is not entry_point:
+            providers = " and ".join(sorted((provider(other), provider(entry_point))))
+            raise RewriteError(f"'{entry_point.name}' in {group} is provided twice, by {providers}; uninstall one of them")
+    if not found:
+        raise RewriteError(INSTALL)
+    return found
+
+
+def find(group: str, kind: str, name: str) -> EntryPoint:
+    found = installed(group)
+    if name not in found:
+        raise RewriteError(unknown(group, kind, name))
+    return found[name]
+
+
+def unknown(group: str, kind: str, name: str) -> str:
+    known = tuple(installed(group))
+    return f"there is no {kind} '{name}'{did_you_mean(name, known)}; installed: {', '.join(known)}"
+
+
+def provider(entry_point: EntryPoint) -> str:
+    dist = entry_point.dist
+    package = f"{dist.name} {dist.version}" if dist else "an unknown package"
+    return f"{package} ({entry_point.value})"
+
+
+def load(entry_point: EntryPoint, kind: str) -> Any:
+    try:
+        return entry_point.load()
+    except (ImportError, AttributeError) as error:
+        raise RewriteError(
+            f"{kind} '{entry_point.name}' from {provider(entry_point)} cannot be imported: {error}"
+        ) from error

@@ -1,0 +1,108 @@
+"""What every pass keeps: the structure of the graph, signature, ties, and tensors outside its edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from rewrite.graph.edit import Change
+from rewrite.graph.fakes import Fakes, fake_value
+from rewrite.graph.history import Check
+from rewrite.graph.nodes import tensor_value
+from rewrite.graph.program import Program
+from rewrite.numerics.compare import same_bytes
+
+
+def structure(before: Program, after: Program, changes: Sequence[Change]) -> Iterator[Check]:
+    after.graph.lint()
+    yield Check("graph", True, "lint")
+    yield _check_values(after)
+    old, new = _output_values(before), _output_values(after)
+    yield Check("outputs", old == new, "shapes and dtypes" if old == new else f"{new} instead of {old}")
+    same = before.module.interface.signature == after.module.interface.signature
+    yield Check("signature", same)
+    yield _ties(before, after, changes)
+    yield _state(before, after, changes)
+
+
+def _check_values(program: Program) -> Check:
+    """Propagate FakeTensors anew and compare with the values that the nodes carry."""
+    values: dict[Node, Any] = {}
+    known: Fakes = {}
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            values[node] = node.meta.get("val")
+        elif node.op != "output":
+            carried = tensor_value(node)
+            if "provenance" not in node.meta and not any(n.meta.get("provenance") for n in node.all_input_nodes):
+                values[node] = node.meta.get("val")
+                continue
+            try:
+                values[node] = fake_value(program.module, node, values, known)
+            except Exception:
+                if "provenance" in node.meta:
+                    raise
+                values[node] = node.meta.get("val")  # an operator that dynamic sizes defeat, as recurrent ones do
+            if carried is not None and _described(values[node]) != _described(carried):
+                return Check(
+                    "values", False, f"{node.name} gives {_described(values[node])}, its metadata says {_described(carried)}"
+                )
+    return Check("values", True, "FakeTensor shapes and dtypes")
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(str(s) for s in value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _output_values(program: Program) -> list[str]:
+    outputs = program.graph.output_node().args[0]
+    return [_described(n.meta.get("val")) if isinstance(n, Node) else repr(n) for n in pytree.tree_leaves(outputs)]
+
+
+def _edited_paths(program: Program, changes: Sequence[Change]) -> set[str]:
+    """The paths that edits name, and every other name of the modules and tensors there."""
+    module = program.module
+    named = [
+        *module.named_modules(remove_duplicate=False),
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    paths = {c.path for c in changes if c.path}
+    touched = {id(thing) for name, thing in named if name in paths}
+    return paths | {name for name, thing in named if id(thing) in touched}
+
+
+def _edited(name: str, paths: set[str]) -> bool:
+    """Whether a name lies at or below one of the paths."""
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in paths for i in range(1, len(parts) + 1))
+
+
+def _ties(before: Program, after: Program, changes: Sequence[Change]) -> Check:
+    paths = _edited_paths(after, changes)
+    lost = [group for group in _tied(before.module) - _tied(after.module) if not any(_edited(name, paths) for name in group)]
+    return Check("tied weights", not lost, "" if not lost else f"{sorted(lost[0])} are no longer one tensor")
+
+
+def _tied(module: nn.Module) -> set[frozenset[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def _state(before: Program, after: Program, changes: Sequence[Change]) -> Check:
+    """Keys that came or went, and tensors that changed, must lie under edited paths; the rest is kept bit for bit."""
+    paths = _edited_paths(after, changes)
+    old, new = before.module.state_dict(), after.module.state_dict()
+    unexplained = [k for k in old.keys() ^ new.keys() if not _edited(k, paths)]
+    if unexplained:
+        return Check("kept", False, f"state_dict key {unexplained[0]} has no edit that explains it")
+    kept = [k for k in old if k in new and not _edited(k, paths)]
+    moved = [k for k in kept if not same_bytes(old[k], new[k])]
+    return Check("kept", not moved, f"{len(kept)} tensors bit for bit" if not moved else f"{moved[0]} changed")

@@ -1,0 +1,256 @@
+"""The edit layer: each edit journaled, with values, metadata and provenance right at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from rewrite import Program, RewriteError, capture
+from rewrite.graph.edit import Editor
+from rewrite.graph.nodes import aten, module_path
+
+DIM = 8
+
+
+class Small(nn.Module):
+    """Two linear layers with a norm that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(DIM, DIM)
+        self.norm = nn.LayerNorm(DIM)
+        self.second = nn.Linear(DIM, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.norm(self.first(x)) + x))
+
+
+class Tied(nn.Module):
+    """A head that has the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, DIM)
+        self.head = nn.Linear(DIM, 13, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("scale", torch.ones(DIM))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids) * self.scale)
+
+
+def small() -> tuple[Program, Editor]:
+    torch.manual_seed(0)
+    program = capture(Small(), (torch.randn(2, DIM),)).clone()
+    return program, Editor(program, "test{}")
+
+
+def calls(program: Program, path: str) -> list[Node]:
+    return [node for node, _ in program.layers() if node.target == path]
+
+
+def run(program: Program, *args: Any) -> Tensor:
+    program.graph.lint()
+    program.module.recompile()
+    result: Tensor = program.module(*(args or (torch.randn(3, DIM),)))
+    return result
+
+
+def values_are_right(program: Program) -> bool:
+    """Whether each node's FakeTensor has the shape and dtype that the node really computes."""
+    x = torch.randn(*[int(s) for s in program.graph.find_nodes(op="placeholder")[0].meta["val"].shape])
+    program.module.recompile()
+    seen: dict[str, Any] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: Node) -> Any:
+            seen[n.name] = super().run_node(n)
+            return seen[n.name]
+
+    Recorder(program.module, graph=program.graph).run(x)
+    return all(
+        (tuple(map(int, n.meta["val"].shape)), n.meta["val"].dtype) == (tuple(v.shape), v.dtype)
+        for n in program.graph.nodes
+        if isinstance(v := seen.get(n.name), Tensor)
+    )
+
+
+def test_replaced_layer_serves_every_call() -> None:
+    program, edit = small()
+    layer = nn.RMSNorm(DIM)
+    edit.replace_layer("norm", layer)
+    assert program.module.norm is layer
+    assert [program.layer(n) for n in calls(program, "norm")] == [layer, layer]
+    assert run(program).shape == (3, 3)
+    (change,) = edit.changes
+    assert (change.kind, change.path, change.detail) == ("replace layer", "norm", "LayerNorm -> RMSNorm")
+    assert type(change.old) is nn.LayerNorm
+    assert change.new is layer
+
+
+def test_one_call_of_a_layer_is_replaced_at_a_path_of_its_own() -> None:
+    program, edit = small()
+    old = program.module.norm
+    edit.replace_layer("norm", nn.RMSNorm(DIM), calls(program, "norm")[1:])
+    assert program.module.norm is old
+    assert [str(n.target) for n, _ in program.layers()] == ["first", "norm", "norm_1", "second"]
+    assert edit.changes[0].path == "norm_1"
+    assert run(program).shape == (3, 3)
+
+
+def test_layer_of_another_shape_or_dtype_is_refused() -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double()
+
+    for layer in (nn.Linear(DIM, 5), Double()):
+        _, edit = small()
+        with pytest.raises((RewriteError, RuntimeError)):
+            edit.replace_layer("norm", layer)
+        assert edit.changes == []
+
+
+def test_shape_error_says_what_was_and_what_would_be() -> None:
+    _, edit = small()
+    with pytest.raises(RewriteError, match=r"the new layer at second gives .*5.* where the old one gave .*3"):
+        edit.replace_layer("second", nn.Linear(DIM, 5))
+
+
+def test_replacement_takes_the_mode_of_the_old_layer() -> None:
+    program, edit = small()
+    program.module.eval()
+    edit.replace_layer("norm", nn.RMSNorm(DIM))
+    assert not program.module.norm.training
+
+
+def test_inserted_layer() -> None:
+    program, edit = small()
+    (first,) = calls(program, "first")
+    made = edit.insert_layer("gate", nn.Linear(DIM, 4), [first], after=first)
+    assert tuple(made.meta["val"].shape)[1:] == (4,)
+    assert made.prev is first
+    assert module_path(made) == module_path(first)
+    assert type(program.module.gate) is nn.Linear
+    assert edit.changes[0].kind == "insert"
+    assert values_are_right(program)
+
+
+def test_inserted_layer_below_a_new_path() -> None:
+    program, edit = small()
+    (first,) = calls(program, "first")
+    edit.insert_layer("extra.inner.gate", nn.ReLU(), [first], after=first)
+    assert "extra.inner.gate" in dict(program.module.named_modules())
+
+
+def test_path_that_is_taken_is_refused() -> None:
+    program, edit = small()
+    (first,) = calls(program, "first")
+    with pytest.raises(RewriteError, match="there is a module at norm already"):
+        edit.insert_layer("norm", nn.ReLU(), [first], after=first)
+
+
+def test_inserted_function_and_rewire() -> None:
+    program, edit = small()
+    x = torch.randn(3, DIM)
+    expected = run(program, x)
+    (first,) = calls(program, "first")
+    negated = edit.insert_function(aten.neg.default, [first], after=first)
+    again = edit.insert_function(aten.neg.default, [negated], after=negated)
+    edit.rewire(first, again, users=lambda user: user not in (negated, again))
+    assert [u.name for u in first.users] == [negated.name]
+    assert [c.kind for c in edit.changes] == ["insert", "insert", "rewire"]
+    assert torch.equal(run(program, x), expected)
+    assert values_are_right(program)
+
+
+def test_inserted_function_computes_its_value_at_once() -> None:
+    program, edit = small()
+    (first,) = calls(program, "first")
+    made = edit.insert_function(aten.sum.dim_IntList, [first, [-1]], {"dtype": torch.float64}, after=first)
+    assert made.meta["val"].dim() == 1
+    assert made.meta["val"].dtype is torch.float64
+    assert made.meta["val"].shape[0] == first.meta["val"].shape[0], "the batch stays the same symbol"
+
+
+def test_only_unused_nodes_are_removed() -> None:
+    program, edit = small()
+    (first,) = calls(program, "first")
+    with pytest.raises(RewriteError, match="is still used by"):
+        edit.remove(first)
+    made = edit.insert_function(aten.neg.default, [first], after=first)
+    edit.remove(made)
+    assert made not in program.graph.nodes
+    assert edit.changes[-1].kind == "remove"
+
+
+def test_rewire_that_finds_no_user_changes_nothing() -> None:
+    program, edit = small()
+    (first,) = calls(program, "first")
+    norm = calls(program, "norm")[0]
+    edit.rewire(first, norm, users=lambda user: False)
+    assert [c.kind for c in edit.changes] == []
+
+
+def test_set_parameter_reaches_every_place_of_a_tie_and_writes_nothing() -> None:
+    model = Tied()
+    before = model.head.weight.detach().clone()
+    program = capture(model, (torch.randint(0, 13, (2, 5)),)).clone(share=True)
+    edit = Editor(program, "test")
+    edit.set_parameter("head.weight", torch.zeros(13, DIM))
+    assert program.module.head.weight is program.module.embedding.weight
+    assert not program.module.head.weight.any()
+    assert torch.equal(model.head.weight, before)
+    edit.set_parameter("scale", torch.full((DIM,), 2.0))
+    assert torch.equal(program.module.scale, torch.full((DIM,), 2.0))
+    assert torch.equal(model.scale, torch.ones(DIM))
+    assert [c.path for c in edit.changes] == ["head.weight", "scale"]
+
+
+def test_set_parameter_keeps_requires_grad_and_copies_the_value() -> None:
+    program, edit = small()
+    program.module.first.bias.requires_grad_(False)
+    value = torch.ones(DIM)
+    edit.set_parameter("first.bias", value)
+    assert not program.module.first.bias.requires_grad
+    value.zero_()
+    assert program.module.first.bias.all()
+
+
+def test_unknown_parameter_is_an_error() -> None:
+    _, edit = small()
+    with pytest.raises(RewriteError, match=r"there is no parameter or buffer first\.gain"):
+        edit.set_parameter("first.gain", torch.ones(1))
+
+
+def test_metadata_and_provenance_are_kept() -> None:
+    program, edit = small()
+    old = [dict(n.meta) for n in calls(program, "norm")]
+    edit.replace_layer("norm", nn.RMSNorm(DIM))
+    for node, meta in zip(calls(program, "norm"), old, strict=True):
+        for key in ("nn_module_stack", "whole", "stack_trace"):
+            assert node.meta.get(key) == meta.get(key)
+        assert node.meta["provenance"] == ({"pass": "test{}", "from": (node.name,)},)
+    edit.author = "later"
+    edit.replace_layer("norm", nn.LayerNorm(DIM))
+    assert [p["pass"] for p in calls(program, "norm")[0].meta["provenance"]] == ["test{}", "later"]
+
+
+def test_provenance_survives_a_clone_and_stays_out_of_the_original() -> None:
+    program, _ = small()
+    copied = program.clone()
+    Editor(copied, "copy").replace_layer("norm", nn.RMSNorm(DIM))
+    assert "provenance" not in calls(program, "norm")[0].meta
+    assert calls(copied.clone(), "norm")[0].meta["provenance"]
+    assert type(program.module.norm) is nn.LayerNorm
+
+
+def test_children_of_a_replaced_layer_stay_below_the_new_one() -> None:
+    program, edit = small()
+    program.module.norm.add_module("inner", nn.ReLU())
+    layer = nn.RMSNorm(DIM)
+    edit.replace_layer("norm", layer)
+    assert type(layer.inner) is nn.ReLU

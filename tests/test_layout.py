@@ -1,0 +1,98 @@
+"""The wings: imports run one way, every pass file has its entry point, no wing has more than it says."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: What each wing may import of the others, `wing` or `wing.module`; errors are for all.
+WINGS = {
+    "graph": (),
+    "sources": (),
+    "numerics": ("graph",),
+    "frontend": ("graph", "numerics"),
+    "analysis": ("graph", "numerics"),
+    "proof": ("graph", "numerics"),
+    "lowering": ("graph", "numerics", "plugins"),
+    "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins"),
+    "files": ("graph", "sources", "frontend", "lowering"),
+}
+PASSES = ("pipeline", "analysis", "graph", "proof.contract")
+BACKENDS = ("lowering", "graph", "numerics", "files.staging")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The modules below `rewrite` that a file imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            if node.module == "rewrite":
+                yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+            elif node.module.startswith("rewrite."):
+                yield node.module.removeprefix("rewrite.")
+
+
+def strays(folder: Path, wing: str, allowed: tuple[str, ...]) -> list[str]:
+    """The imports that a folder must not have."""
+    legal = ("errors", wing, *allowed)
+    return [
+        f"{file.relative_to(ROOT)} imports rewrite.{name}"
+        for file in sorted(folder.rglob("*.py"))
+        for name in imports(file)
+        if not any(name == each or name.startswith(f"{each}.") for each in legal)
+    ]
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_imports_run_one_way(wing: str) -> None:
+    assert strays(ROOT / "rewrite" / wing, wing, WINGS[wing]) == []
+
+
+def test_nothing_imports_the_command_line() -> None:
+    files = [f for f in (ROOT / "rewrite").rglob("*.py") if f.parent.name != "cli" and f.name != "__main__.py"]
+    assert [f for f in files for name in imports(f) if name.split(".")[0] == "cli"] == []
+
+
+def test_every_wing_has_its_rule() -> None:
+    wings = {p.parent.name for p in (ROOT / "rewrite").glob("*/__init__.py")}
+    assert wings == {*WINGS, "cli"}
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in (ROOT / "passes").glob("*/__init__.py")))
+def test_a_family_of_passes_knows_the_engine_and_no_other_family(folder: str) -> None:
+    assert strays(ROOT / "passes" / folder, f"passes.{folder}", PASSES) == []
+
+
+def test_backends_know_what_lowering_needs() -> None:
+    assert strays(ROOT / "backends", "backends", BACKENDS) == []
+
+
+def test_every_pass_file_has_its_entry_point() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = {value.partition(":")[0] for value in project["project"]["entry-points"]["rewrite.passes"].values()}
+    files = [f.relative_to(ROOT) for f in (ROOT / "passes").rglob("*.py") if f.name != "__init__.py"]
+    assert {f"rewrite.{'.'.join(file.with_suffix('').parts)}" for file in files} == named
+
+
+def test_every_folder_is_in_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    inits = [
+        f.parent.relative_to(ROOT) for top in ("rewrite", "passes", "backends") for f in (ROOT / top).rglob("__init__.py")
+    ]
+    names = {".".join(("rewrite", *parts.parts) if parts.parts[0] != "rewrite" else parts.parts) for parts in inits}
+    assert names == set(project["tool"]["setuptools"]["packages"])
+
+
+def test_no_file_imports_upwards_by_dots() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for top in ("rewrite", "passes", "backends")
+        for file in (ROOT / top).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level > 1
+    ]
+    assert found == []
