@@ -11,6 +11,7 @@ import argparse
 import math
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -146,8 +147,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train(model: nn.Module, steps: int, seed: int = 0, lr: float = 3e-3, batch: int = 16) -> list[float]:
-    """Train in place with AdamW and return the loss of each step; the seed chooses the batches."""
+def train(
+    model: nn.Module,
+    steps: int,
+    seed: int = 0,
+    lr: float = 3e-3,
+    batch: int = 16,
+    tell: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train in place with AdamW and return the loss of each step; the seed chooses the batches, ``tell`` hears of each."""
     text = corpus().train
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -164,6 +172,7 @@ def train(model: nn.Module, steps: int, seed: int = 0, lr: float = 3e-3, batch: 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        tell(step + 1, losses[-1])
     return losses
 
 
@@ -194,6 +203,14 @@ def sample(model: nn.Module, prompt: str, characters: int = 200, seed: int = 0) 
     return decode(ids[0])
 
 
+def _print_every(steps: int) -> Callable[[int, float], None]:
+    def tell(step: int, loss: float) -> None:
+        if step % steps == 0:
+            print(f"step {step}, loss {loss:.3f}", flush=True)
+
+    return tell
+
+
 def main() -> None:
     """Train, print the losses and a sample, and save the model if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -203,7 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     model = make_model(options.seed)
     start = time.perf_counter()
-    losses = train(model, options.steps, options.seed)
+    losses = train(model, options.steps, options.seed, tell=_print_every(100))
     seconds = time.perf_counter() - start
     print(f"{options.steps} steps in {seconds:.0f} s, training loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
     print(f"validation loss {validation_loss(model):.3f}")

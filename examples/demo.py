@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import math
 import os
 import platform
 import shlex
@@ -33,6 +34,7 @@ import make_model
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -97,10 +99,9 @@ def gpt_rewritten_and_trained_on() -> nn.Module:
     """Train, save, rewrite, train on; the rewritten model after it all."""
     heading(2, "A character GPT: trained, rewritten, trained on")
     model = char_gpt.make_model()
-    with console.status("training"):
-        began = time.perf_counter()
-        char_gpt.train(model, STEPS)
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    trained("training", model, STEPS)
+    seconds = time.perf_counter() - began
     size = _count(model) / 1e6
     say(f"{size:.1f} million parameters, pre-norm; {STEPS} steps on Python's own sources took {seconds:.0f} s")
     path = FOLDER / "char_gpt.pt"
@@ -125,13 +126,36 @@ def gpt_rewritten_and_trained_on() -> nn.Module:
     return rewritten
 
 
+def trained(title: str, model: nn.Module, steps: int, seed: int = 0) -> None:
+    """Train in place, on one thread, which is the quicker for a model this small, and show how far it is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    columns = (
+        SpinnerColumn(),
+        "{task.description}",
+        BarColumn(),
+        "{task.completed}/{task.total} steps, loss {task.fields[loss]:.3f},",
+        TimeRemainingColumn(),
+        "left",
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=steps, loss=math.nan)
+
+        def tell(step: int, loss: float) -> None:
+            progress.update(task, completed=step, loss=loss)
+            if not console.is_terminal and step % 100 == 0:
+                say(f"{title}: {step}/{steps} steps, loss {loss:.3f}")
+
+        char_gpt.train(model, steps, seed, tell=tell)
+    torch.set_num_threads(threads)
+
+
 def train_on(model: nn.Module, rewritten: nn.Module) -> None:
     """Train both models alike and show their losses on text held back."""
     original = copy.deepcopy(model)
     before = [char_gpt.validation_loss(each) for each in (original, rewritten)]
-    with console.status("training both"):
-        for each in (original, rewritten):
-            char_gpt.train(each, MORE_STEPS, seed=1)
+    trained("the original, trained on", original, MORE_STEPS, seed=1)
+    trained("the rewritten, trained on", rewritten, MORE_STEPS, seed=1)
     after = [char_gpt.validation_loss(each) for each in (original, rewritten)]
     table = titled("validation loss, nats per character", "", "original: LayerNorm", "rewritten: DyT")
     table.add_row(f"trained {STEPS} steps", f"{before[0]:.3f}", "")
