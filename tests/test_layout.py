@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rewrite.torch_private import ATTRIBUTES, NAMES
+
 ROOT = Path(__file__).parents[1]
-#: What each wing may import of the others, `wing` or `wing.module`; errors are for all.
+#: What each wing may import of the others, `wing` or `wing.module`; errors and torch's private names are for all.
 WINGS = {
     "graph": (),
     "sources": (),
@@ -38,7 +41,7 @@ def imports(file: Path) -> Iterator[str]:
 
 def strays(folder: Path, wing: str, allowed: tuple[str, ...]) -> list[str]:
     """The imports that a folder must not have."""
-    legal = ("errors", wing, *allowed)
+    legal = ("errors", "torch_private", wing, *allowed)
     return [
         f"{file.relative_to(ROOT)} imports rewrite.{name}"
         for file in sorted(folder.rglob("*.py"))
@@ -96,3 +99,36 @@ def test_no_file_imports_upwards_by_dots() -> None:
         if isinstance(node, ast.ImportFrom) and node.level > 1
     ]
     assert found == []
+
+
+def test_private_names_of_torch_stand_in_one_file() -> None:
+    files = [f for top in ("rewrite", "passes", "backends") for f in sorted((ROOT / top).rglob("*.py"))]
+    trees = {f.relative_to(ROOT): ast.parse(f.read_text()) for f in files if f.name != "torch_private.py"}
+    listed = {*ATTRIBUTES, *(name.rpartition(".")[2] for name in NAMES), *NOT_TORCH}
+    known = {name for tree in trees.values() for name in own_names(tree)} | listed
+    assert [f"{file}: {name}" for file, tree in trees.items() for name in foreign_names(tree) if name not in known] == []
+
+
+#: Private names of the standard library, and of an operator.
+NOT_TORCH = ("_getframe", "_ParameterKind", "_to_copy")
+
+
+def own_names(tree: ast.Module) -> Iterator[str]:
+    """The names that a file defines as methods and attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+            yield node.attr
+
+
+def foreign_names(tree: ast.Module) -> Iterator[str]:
+    """What a file imports from inside torch, and the private attributes that it reads."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name for name in names if re.search(r"\._|experimental", name))
+        elif isinstance(node, ast.Attribute) and re.match("_[a-zA-Z]", node.attr):
+            yield node.attr

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import Node
-from torch.nn.modules.dropout import _DropoutNd
 
 from rewrite.graph.nodes import aten, packet, tensor_value
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
+from rewrite.torch_private import _DropoutNd
 
 from .norms import Norm
 

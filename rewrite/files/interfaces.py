@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from rewrite.errors import RewriteError
 from rewrite.graph.conditions import Condition
 from rewrite.graph.interface import Argument, Interface
 from rewrite.sources.compat import import_mended
+from rewrite.torch_private import pytree
 
 from .values import Json, decode, encode
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.layers import AutogradFunction, Constants, FunctionCall
@@ -21,6 +20,7 @@ from rewrite.graph.program import Container
 from rewrite.graph.regions import Region
 from rewrite.sources.compat import import_mended
 from rewrite.sources.installed import is_installed
+from rewrite.torch_private import pytree
 
 from .graphs import decode_graph, encode_graph
 from .values import Json, decode, encode

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rewrite.graph.export import quiet
 from rewrite.graph.fakes import Fakes, fake_value
 from rewrite.graph.nodes import attribute
 from rewrite.graph.program import LayerGraph
+from rewrite.torch_private import FakeTensorMode, ShapeEnv, size_symbol
 
 from .values import decode
 
@@ -54,7 +53,7 @@ def _input_value(data: Any, mode: FakeTensorMode, symbols: dict[str, torch.SymIn
             continue
         name, example = size
         if name not in symbols:
-            symbols[name] = _symbol(mode.shape_env, name, example)
+            symbols[name] = size_symbol(mode.shape_env, name, example)
         sizes.append(symbols[name])
     with mode:
         return torch.empty(sizes, dtype=dtype, device=data["device"])
@@ -66,14 +65,3 @@ def _example_value(data: Any, mode: FakeTensorMode) -> Any:
     sizes = [size if isinstance(size, int) else size[1] for size in data["sizes"]]
     with mode:
         return torch.empty(sizes, dtype=decode(data["dtype"]), device=data["device"])
-
-
-def _symbol(environment: ShapeEnv, name: str, example: int) -> torch.SymInt:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
-
-    source = ConstantSource(name)
-    symbol = environment.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    made = environment.create_symintnode(symbol, hint=example, source=source)
-    assert isinstance(made, torch.SymInt)
-    return made

@@ -24,7 +24,6 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.pt2_archive import _package as archive
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.exported import from_exported
@@ -35,6 +34,7 @@ from rewrite.graph.layers import Constants
 from rewrite.graph.program import Dimension, LayerGraph, Opaque, Origin, Program
 from rewrite.graph.regions import Region
 from rewrite.sources.installed import is_installed
+from rewrite.torch_private import archive, torch_c
 
 from .graphs import decode_graph, encode_graph, import_homes, operator_homes
 from .interfaces import decode_interface, encode_interface, plain_spec
@@ -162,7 +162,7 @@ def _nothing_unpickled() -> Iterator[None]:
     with (
         mock.patch.object(torch, "load", load_safely),
         mock.patch.object(pickle, "loads", refuse),
-        mock.patch.object(torch._C, "_pickle_load_obj", refuse),
+        mock.patch.object(torch_c, "_pickle_load_obj", refuse),
     ):
         yield
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from rewrite.errors import RewriteError
 from rewrite.graph import ops
+from rewrite.torch_private import OpOverload
 
 Json = Any
 
@@ -32,7 +33,7 @@ def encode(value: Any) -> Json:
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    if isinstance(value, torch._ops.OpOverload):
+    if isinstance(value, OpOverload):
         return {"op": str(value)}
     if isinstance(value, list):
         return [encode(v) for v in value]
@@ -75,18 +76,18 @@ def decode(value: Json, nodes: Mapping[str, Node] | None = None) -> Any:
     raise RewriteError(f"the file holds an unknown kind of value: {kind}")
 
 
-def operator_named(name: str) -> torch._ops.OpOverload:
+def operator_named(name: str) -> OpOverload:
     """The operator ``namespace.name.overload`` that is registered with torch."""
     found: Any = torch.ops
     for part in name.split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(found, OpOverload):
         raise RewriteError(f"the file uses the operator {name}, which this torch does not have")
     return found
 
 
 def function_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     for prefix, home in (("operator", operator), ("math", math), ("rewrite", ops), ("torch", torch)):
         name = getattr(target, "__name__", "")

@@ -17,10 +17,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from rewrite.torch_private import FakeTensor, fake_tensors, plain_tensors, pytree, torch_c
 
 
 class View(enum.Enum):
@@ -48,7 +47,7 @@ def seen_as(view: View) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hidden_fakes() -> Iterator[None]:
-    package = torch._subclasses
+    package = fake_tensors
 
     def find(name: str) -> Any:
         if name != "FakeTensor":
@@ -169,5 +168,5 @@ def _writes(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 @contextlib.contextmanager
 def _no_modes() -> Iterator[None]:
     """Plain tensors and kernels inside a trace."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
+    with torch_c.DisableTorchFunction(), plain_tensors():
         yield

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.codegen import copy_graph
@@ -18,6 +17,7 @@ from rewrite.graph.layers import AutogradFunction, Constants
 from rewrite.graph.nodes import aten, attribute, fixed_size, hint_of, packet
 from rewrite.graph.program import Dimension, LayerGraph, Opaque
 from rewrite.graph.regions import Region
+from rewrite.torch_private import pytree
 
 from .composites import raise_composites
 from .contexts import group_contexts

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs, widened
 from rewrite.graph.nodes import call_arguments, overload
 from rewrite.graph.program import LayerGraph, Opaque, Origin, Program
+from rewrite.torch_private import pytree
 
 from .align import MODE_ARGUMENTS, Alignment, align
 from .assemble import copy_modes, dimensions, finish, interface_of, opaque_parts, prepared

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs
 from rewrite.graph.program import LayerGraph, Origin, Program
+from rewrite.torch_private import guards_code
 
 from .assemble import dimensions, finish, interface_of, opaque_parts, prepared
 from .literals import drop_idle_casts
@@ -23,7 +24,7 @@ def from_exported(exported: ExportedProgram) -> Program:
         raise RewriteError("it holds no example inputs: export it again with torch.export.save")
     args, kwargs = exported.example_inputs
     inputs = Inputs(inspect.signature(module.forward), tuple(args), dict(kwargs))
-    source = Trace(module, guards=list(getattr(exported, "_guards_code", None) or []))
+    source = Trace(module, guards=guards_code(exported))
     specs = (source.output_spec, source.output_spec)
     skeleton = Skeleton(module)
     graph = prepared(module)

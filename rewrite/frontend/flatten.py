@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from rewrite.graph.nodes import aten, is_differentiable_leaf, is_pure, mutated_arguments
+from rewrite.torch_private import OpOverload
 
 from .contexts import ContextUse
 
@@ -60,7 +61,7 @@ def _drop_idle_copies(graph: Graph) -> None:
 
 
 def _packet_name(target: Any) -> str:
-    return target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
+    return target._overloadpacket.__name__ if isinstance(target, OpOverload) else ""
 
 
 def _inline_one(module: GraphModule, serial: Any) -> bool:

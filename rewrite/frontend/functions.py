@@ -10,12 +10,14 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.utils.checkpoint as checkpointing
-from torch.utils import _pytree as pytree
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointFunction
 
 from rewrite.graph.layers import FunctionCall
+from rewrite.torch_private import pytree
 
 _calls: ContextVar[list[FunctionCall] | None] = ContextVar("calls of custom autograd functions", default=None)
 
@@ -50,6 +52,10 @@ def _original_apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def _traced_apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
     calls = _calls.get()
+    if calls is not None and function is CheckpointFunction:
+        run, _, *inputs = args
+        with saved_tensors_hooks(_unchanged, _unchanged):  # noted; the function itself would run without gradient
+            return run(*inputs)
     if calls is None or function.__module__.startswith("torch."):
         return _base_apply.__get__(None, function)(*args, **kwargs)
     leaves, spec = pytree.tree_flatten(args)
@@ -65,24 +71,33 @@ def _traced_apply(function: type[torch.autograd.Function], *args: Any, **kwargs:
     return pytree.tree_unflatten(merged, call.output_spec)
 
 
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+_HOOKS_NOTE = (
+    "activation checkpointing and other hooks on saved tensors are not part of the layer graph: "
+    "what stands inside is run without them"
+)
+
+
 @contextlib.contextmanager
 def recorded_functions(notes: list[str]) -> Iterator[list[FunctionCall]]:
     """Record custom autograd functions, and note activation checkpointing, while a model is traced."""
     calls: list[FunctionCall] = []
     token = _calls.set(calls)
-    generator = checkpointing._checkpoint_without_reentrant_generator
+    enter = saved_tensors_hooks.__enter__
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        note = "activation checkpointing is not part of the layer graph: checkpointed regions are run without it"
-        if note not in notes:
-            notes.append(note)
-        return generator(*args, **kwargs)
+    def noted(hooks: saved_tensors_hooks) -> None:
+        if _HOOKS_NOTE not in notes:
+            notes.append(_HOOKS_NOTE)
+        enter(hooks)
 
-    torch.autograd.Function.apply = classmethod(_traced_apply)  # type: ignore[assignment,method-assign]
-    checkpointing._checkpoint_without_reentrant_generator = noted
     try:
-        yield calls
+        with (
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(_traced_apply)),
+            mock.patch.object(saved_tensors_hooks, "__enter__", noted),
+        ):
+            yield calls
     finally:
-        torch.autograd.Function.apply = _base_apply  # type: ignore[method-assign]
-        checkpointing._checkpoint_without_reentrant_generator = generator
         _calls.reset(token)

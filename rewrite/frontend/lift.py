@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from rewrite.graph.layers import AutogradFunction, FunctionCall
 from rewrite.graph.nodes import attribute, call_arguments, module_path, overload, packet
+from rewrite.torch_private import _BatchNorm
 
 from .lift_rules import RULES, Lifted, modal
 from .skeleton import Skeleton
@@ -128,7 +129,7 @@ def _own(layer: nn.Module, owned: dict[str, Any], owners: _Owners) -> None:
             layer._parameters[name] = tensor
     path = next((str(v.target).rpartition(".")[0] for v in owned.values() if v is not None), None)
     module = attribute(owners.model, path) if path else None
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and module is not None:
+    if isinstance(layer, _BatchNorm) and module is not None:
         layer.num_batches_tracked = getattr(module, "num_batches_tracked", None)
         if getattr(module, "momentum", layer.momentum) is None:
             layer.momentum = None  # capture stood a number in for the cumulative average

@@ -13,17 +13,14 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, dynamic_choices, first_line, quiet
 from rewrite.graph.layers import FunctionCall
+from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
 from .as_eager import SizeDecisions, View, seen_as
 from .functions import recorded_functions
@@ -58,9 +55,7 @@ class Trace:
     @property
     def output_spec(self) -> pytree.TreeSpec:
         """The containers of the output, whose leaves the graph returns."""
-        codegen: Any = self.graph_module.graph._codegen
-        found: pytree.TreeSpec = codegen.pytree_info.out_spec
-        return found
+        return output_spec(self.graph_module.graph)
 
 
 def bind_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Inputs:
@@ -148,7 +143,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             continue
         if len(errors) > 2:
             notes.append(f"dynamic sizes reduced: {first_line(errors[2])}")
-        return Trace(graph_module, functions, dropped, notes, list(getattr(exported, "_guards_code", None) or []))
+        return Trace(graph_module, functions, dropped, notes, guards_code(exported))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {first_line(errors[-1])}") from errors[-1]
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 from torch.fx.node import Argument
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
+from rewrite.torch_private import pytree
 
 from .fakes import Fakes, fake_value
 from .nodes import attribute

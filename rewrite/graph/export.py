@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
+from rewrite.torch_private import pytree
 
 from .codegen import keyword_safe
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.fx import Node
-from torch.utils import _pytree as pytree
+
+from rewrite.torch_private import FakeTensor, FakeTensorMode, pytree
 
 from .nodes import attribute
 
@@ -70,6 +70,6 @@ def _nothing() -> Iterator[None]:
 
 def _fake_mode(values: Any) -> FakeTensorMode | None:
     for leaf in pytree.tree_leaves(values):
-        if isinstance(leaf, torch._subclasses.FakeTensor):
+        if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return None

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
+from rewrite.torch_private import pytree
 
 from .conditions import Condition, broken
 

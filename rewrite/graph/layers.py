@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from rewrite.torch_private import OpOverload, pytree
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -45,7 +46,7 @@ class ModalOperator(nn.Module):
     Called with one tuple: the operator's arguments in schema order, those in ``modal`` left None.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, modal: Mapping[str, tuple[Any, Any]]) -> None:
+    def __init__(self, overload: OpOverload, modal: Mapping[str, tuple[Any, Any]]) -> None:
         super().__init__()
         self.overload = overload
         self.modal = dict(modal)

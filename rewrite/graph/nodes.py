@@ -10,6 +10,8 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import Argument
 
+from rewrite.torch_private import OpOverload
+
 from .codegen import fetch
 
 aten = torch.ops.aten
@@ -35,9 +37,9 @@ def is_floating(node: Any) -> bool:
     return value is not None and value.is_floating_point()
 
 
-def overload(node: Node) -> torch._ops.OpOverload | None:
+def overload(node: Node) -> OpOverload | None:
     """The ATen (or custom) overload that a node calls, else None."""
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
         return node.target
     return None
 

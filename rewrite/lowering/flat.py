@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from rewrite.graph.interface import Argument, Interface
+from rewrite.torch_private import pytree
 
 if TYPE_CHECKING:
     from rewrite.graph.program import Dimension, LayerGraph, Program

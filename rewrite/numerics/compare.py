@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.program import LayerGraph, Program
+from rewrite.torch_private import pytree
 
 from .exact import ExactArithmetic
 from .randomness import seeded

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewrite.torch_private import TorchDispatchMode, pytree
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rewrite.graph.program import Program
+from rewrite.torch_private import pytree
 
 
 def record_inputs(

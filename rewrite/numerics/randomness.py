@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention
 from rewrite.graph.nodes import is_random
 from rewrite.graph.regions import Region
+from rewrite.torch_private import _DropoutNd
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.fx import Graph
-from torch.utils import _pytree as pytree
 
 from rewrite.frontend.capture import capture
 from rewrite.graph.edit import Change, Editor
@@ -20,6 +19,7 @@ from rewrite.graph.history import Record, Site, Verification
 from rewrite.graph.program import Program
 from rewrite.numerics.compare import same_bytes
 from rewrite.proof.prove import prove
+from rewrite.torch_private import pytree
 
 from .context import Context
 from .crash import VerificationError

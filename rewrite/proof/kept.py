@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from rewrite.graph.edit import Change
 from rewrite.graph.fakes import Fakes, fake_value
@@ -16,6 +15,7 @@ from rewrite.graph.history import Check
 from rewrite.graph.nodes import tensor_value
 from rewrite.graph.program import Program
 from rewrite.numerics.compare import same_bytes
+from rewrite.torch_private import pytree
 
 
 def structure(before: Program, after: Program, changes: Sequence[Change]) -> Iterator[Check]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
+from rewrite.torch_private import torch_c
 
 from .compat import import_mended, why_import_fails
 from .installed import _Installed
@@ -41,7 +42,7 @@ TYPED = "torch._tensor._rebuild_from_type_v2"
 _TENSORS = {"torch.Tensor", "torch.nn.parameter.Parameter"}
 # `torch.tanh` is pickled as the attribute of a class that is not public.
 _GETATTR, _OWNER = "builtins.getattr", Global("torch._C", "_VariableFunctionsClass")
-_TORCH_FUNCTIONS: Any = vars(torch._C)[_OWNER.name]
+_TORCH_FUNCTIONS: Any = vars(torch_c)[_OWNER.name]
 _DATA = {"builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.complex", "builtins.slice"}
 _DATA |= {"torch.Size", "torch.device", "torch.serialization._get_layout", "collections.OrderedDict"}
 _CALLED = REBUILD | _DATA | {TYPED, _GETATTR, "functools.partial", "_codecs.encode"}

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
+from rewrite.torch_private import PyTorchFileReader
 
 from .compat import mended
 from .pickle_scan import Scan, UnreadableError, scan
@@ -81,7 +82,7 @@ def _is_zip(path: Path) -> bool:
 def _check_archive(path: Path) -> None:
     """Tell apart the archives that torch writes: only one of them is a pickled object."""
     try:
-        records = torch._C.PyTorchFileReader(str(path)).get_all_records()
+        records = PyTorchFileReader(str(path)).get_all_records()
     except RuntimeError:
         raise RewriteError(f"{path} is damaged or cut short, or was not written by torch.save") from None
     names = {name.removeprefix("archive/") for name in records}
@@ -97,7 +98,7 @@ def _vetted(path: Path) -> Sequence[Allowed]:
     """What the file's pickle may have, with the names it uses. Nothing of the file runs."""
     try:
         # Read as torch.load will: another zip reader may find another record of this name.
-        found = scan(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+        found = scan(PyTorchFileReader(str(path)).get_record("data.pkl"))
         unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if not unsafe <= {name.path for name in found.names}:
             raise UnreadableError("its pickle spells a name as torch.save does not")

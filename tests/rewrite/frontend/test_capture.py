@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rewrite import RewriteError, capture
 from rewrite.graph.layers import ScaledDotProductAttention
@@ -452,6 +453,29 @@ def test_pickling_is_refused_with_one_line_that_names_the_way_out(write: Any) ->
 def test_checkpointing_is_noted() -> None:
     assert any("checkpointing" in note for note in captured("Checkpointed").origin.notes)
     assert captured("TiedHead").origin.notes == ()
+
+
+class _Reentrant(nn.Module):
+    """The older kind of checkpoint runs its region without gradient, and again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda v: torch.tanh(self.inner(v)), self.stem(x), use_reentrant=True))
+
+
+def test_a_reentrant_checkpoint_keeps_its_gradient() -> None:
+    model, x = _Reentrant(), torch.randn(3, 4)
+    program = capture(model, (x,))
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    program.module(x).square().sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(expected, program.module.parameters(), strict=True))
+    assert program.opaque == ()
+    assert any("checkpointing" in note for note in program.origin.notes)
 
 
 def test_origin_says_what_was_captured() -> None:

@@ -1,0 +1,111 @@
+"""Every private name of torch that the engine leans on, with the reason; no other file imports one.
+
+torch may rename them in any release: a test resolves each and says which is gone, and `tests/test_layout.py` finds those
+that are not listed. Names that stand in files of torch's own formats (`torch._utils._rebuild_tensor_v2` in a pickle) are
+not here: they are part of what a file says, and stay as long as files do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import _subclasses as fake_tensors
+from torch._library.custom_ops import OPDEFS
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.pt2_archive import _package as archive
+from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+__all__ = [
+    "OPDEFS",
+    "DimDynamic",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "PyTorchFileReader",
+    "ShapeEnv",
+    "TorchDispatchMode",
+    "_BatchNorm",
+    "_DropoutNd",
+    "archive",
+    "fake_tensors",
+    "guards_code",
+    "output_spec",
+    "plain_tensors",
+    "pytree",
+    "size_symbol",
+    "torch_c",
+]
+
+torch_c = torch._C
+PyTorchFileReader = torch._C.PyTorchFileReader
+plain_tensors = _disable_current_modes
+
+#: What is imported, by its full name, and why a public name will not do.
+NAMES: dict[str, str] = {
+    "torch._C.DisableTorchFunction": "a size decision is computed with plain tensors inside a trace",
+    "torch._C.PyTorchFileReader": "a zip of tensors is listed, and its pickle scanned, before anything is loaded",
+    "torch._C._VariableFunctionsClass": "pickles name functions of torch as attributes of this class",
+    "torch._C._pickle_load_obj": "torch.export falls back to it, which runs code from a file: it is refused there",
+    "torch._dynamo.source.ConstantSource": "a dynamic size read from a file needs an origin to be created",
+    "torch._library.custom_ops.OPDEFS": "which module defines a custom operator, so that a reader imports it first",
+    "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
+    "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
+    "torch._subclasses.FakeTensorMode": "shapes and dtypes without computing, for a capture that runs nothing",
+    "torch.export.pt2_archive._package.PT2ArchiveReader": "one entry of an archive is read without loading the rest",
+    "torch.export.pt2_archive._package._load_extra_files": "as above: what `save` wrote beside the two programs",
+    "torch.export.pt2_archive._package._load_state_dict": "as above: the weights",
+    "torch.fx.experimental.symbolic_shapes.DimDynamic": "a dynamic size read from a file is dynamic",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv": "dynamic sizes of fake tensors live in one",
+    "torch.fx.graph._format_target": "torch.fx writes attributes named like Python keywords as they are",
+    "torch.nn.modules.batchnorm._BatchNorm": "the one class above all batch norms",
+    "torch.nn.modules.dropout._DropoutNd": "the one class above all dropouts",
+    "torch.utils._python_dispatch.TorchDispatchMode": "exact arithmetic turns every operator's dtype into float64",
+    "torch.utils._python_dispatch._disable_current_modes": "a size decision is computed with real kernels inside a trace",
+    "torch.utils._pytree.tree_flatten": "the containers of a model's inputs and outputs, as torch.export sees them",
+    "torch.utils._pytree.tree_map": "as above",
+    "torch.utils._pytree.tree_unflatten": "as above",
+}
+
+#: What is read of objects, by the attribute's name: where, and why.
+ATTRIBUTES: dict[str, str] = {
+    "_buffers": "nn.Module: the buffers that are its own, None included, in order",
+    "_codegen": "fx.Graph: the containers of an export's output",
+    "_guards_code": "ExportedProgram: the conditions on sizes under which a capture holds",
+    "_init_fn": "CustomOpDef: the module that defines a custom operator",
+    "_modules": "nn.Module: the children that are its own, None included, in order",
+    "_non_persistent_buffers_set": "nn.Module: which buffers a state_dict leaves out",
+    "_overloadpacket": "OpOverload: one operator whatever its overload",
+    "_parameters": "nn.Module: the parameters that are its own, None included, in order",
+    "_schema": "OpOverload: an operator's arguments by name, and which of them it writes",
+}
+
+
+def guards_code(exported: ExportedProgram) -> list[str]:
+    """The conditions on sizes under which an export holds, as Python text.
+
+    There is no default: a program without its conditions would take sizes that it is wrong for.
+    """
+    return list(exported._guards_code)
+
+
+def output_spec(graph: Graph) -> pytree.TreeSpec:
+    """The containers of the output of an export's graph, whose leaves the graph returns."""
+    found: pytree.TreeSpec = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    return found
+
+
+def size_symbol(environment: ShapeEnv, name: str, example: int) -> torch.SymInt:
+    """A new dynamic size of this example value."""
+    from torch._dynamo.source import ConstantSource  # takes longer to import than the rest of torch together
+
+    source = ConstantSource(name)
+    symbol = environment.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    made = environment.create_symintnode(symbol, hint=example, source=source)
+    assert isinstance(made, torch.SymInt)
+    return made
