@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rewrite.errors import named_line
 from tests.models.zoo import import_timm, leaves
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320)
@@ -63,7 +64,7 @@ def runs(model: torch.nn.Module, size: int) -> str | None:
                 outputs = leaves(model.train(mode)(torch.randn(batch, 3, size, size)))
                 sum(output.float().sum() for output in outputs).backward()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return named_line(error, 120)
     return None
 
 

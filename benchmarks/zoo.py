@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import rewrite
+from rewrite.errors import named_line
 from rewrite.numerics.compare import clone, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -160,8 +161,7 @@ def attempt(steps: dict[str, str], name: str, action: Callable[[], str], origina
 
 
 def words(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:220]
+    return named_line(error, 220)
 
 
 def widen(inputs: Inputs) -> Inputs:

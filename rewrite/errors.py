@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+#: torch's advice to load a file in the unsafe way, which is never passed on.
+_ADVICE = re.compile(r"weights[_ ]only", re.IGNORECASE)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class RewriteError(Exception):
@@ -38,3 +43,21 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `names`, or an empty string where none is near."""
     near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What an error says first, on one line of at most ``limit`` characters; its type where it says nothing."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines() if not _ADVICE.search(line))
+    line = next((printable(line) for line in lines if line), type(error).__name__)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def named_line(error: BaseException, limit: int = 300) -> str:
+    """`ValueError: what it says first`, for an error of another library's making."""
+    name, line = type(error).__name__, first_line(error, limit)
+    return line if line == name else f"{name}: {line}"
+
+
+def printable(text: str) -> str:
+    """The text without colours, and with escapes in place of whatever else could take over a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in _COLOUR.sub("", text))

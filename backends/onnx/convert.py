@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, first_line
 from rewrite.lowering.flat import Flat, dynamic_axes
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ OPSET = 20
 """The opset written by default: the first where Gelu is one operator. RMSNorm and attention are so from 23 on."""
 
 _NOISE = re.compile(
-    r"\x1b\[[0-9;]*m"  # colours
-    r"|\[ONNXRuntimeError\] : \d+ : \w+ : "
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : "
     r"|/onnxruntime_src/.* was false\. "
 )  # the place in its source
 
@@ -72,9 +71,7 @@ def reason(error: BaseException) -> str:
     """The first line of what an error goes back to, without noise, at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = _NOISE.sub("", str(error)).strip().splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return _NOISE.sub("", first_line(error)).strip() or type(error).__name__
 
 
 def export_flat(program: Program, flat: Flat, inputs: Sequence[torch.Tensor], dynamic: bool) -> ExportedProgram:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite import __version__
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, first_line
 from rewrite.files.staging import Staging
 from rewrite.files.writers import Plan, Written, check_free, plan, write
 from rewrite.pipeline.text import parse
@@ -203,9 +203,8 @@ def _read_data(path: Path | None) -> tuple[Any, str | None]:
     except FileNotFoundError:
         raise RewriteError(f"--data: there is no file {path}") from None
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RewriteError(
-            f"--data: cannot read {path}: {line}; save tensors, tuples and dicts of them with torch.save"
+            f"--data: cannot read {path}: {first_line(error)}; save tensors, tuples and dicts of them with torch.save"
         ) from None
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, named_line
 from rewrite.frontend.exported import from_exported
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, export_program, widened
@@ -144,8 +144,7 @@ def load(path: str | os.PathLike[str]) -> Program:
     except RewriteError as error:
         raise RewriteError(f"{source} cannot be read: {error}") from error
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise RewriteError(f"{source} cannot be read as a .pt2 archive: {type(error).__name__}: {first}"[:300]) from error
+        raise RewriteError(f"{source} cannot be read as a .pt2 archive: {named_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewrite.errors import RewriteError, did_you_mean
+from rewrite.errors import RewriteError, did_you_mean, first_line
 
 from .staging import Staging, check_place, explained
 
@@ -127,8 +127,7 @@ def _write_module(program: Program, model: nn.Module | None, path: Path, staging
     except OSError:
         raise
     except Exception as error:  # pickle has no error of its own: any class may raise anything
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RewriteError(f"a {type(grafted).__name__} cannot be pickled: {line}") from None
+        raise RewriteError(f"a {type(grafted).__name__} cannot be pickled: {first_line(error)}") from None
     return Written(path, f"{type(grafted).__name__}, read it with torch.load(..., weights_only=False)")
 
 

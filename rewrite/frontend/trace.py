@@ -16,9 +16,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, named_line
 from rewrite.graph.codegen import keyword_safe
-from rewrite.graph.export import Inputs, dynamic_choices, first_line, quiet
+from rewrite.graph.export import Inputs, dynamic_choices, quiet
 from rewrite.graph.layers import FunctionCall
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
@@ -85,7 +85,7 @@ def isolate(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor] = 
         made = copy.deepcopy(model, memo)
     except Exception as error:
         raise RewriteError(
-            f"{type(model).__name__} cannot be copied (copy.deepcopy: {first_line(error)}); "
+            f"{type(model).__name__} cannot be copied (copy.deepcopy: {named_line(error)}); "
             "capture works on a copy so that your model is not touched"
         ) from error
     for module in made.modules():
@@ -142,9 +142,9 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             errors.append(error)
             continue
         if len(errors) > 2:
-            notes.append(f"dynamic sizes reduced: {first_line(errors[2])}")
+            notes.append(f"dynamic sizes reduced: {named_line(errors[2])}")
         return Trace(graph_module, functions, dropped, notes, guards_code(exported))
-    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {first_line(errors[-1])}") from errors[-1]
+    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {named_line(errors[-1])}") from errors[-1]
 
 
 def _unlifted(exported: ExportedProgram) -> GraphModule:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, named_line
 from rewrite.torch_private import pytree
 
 from .codegen import keyword_safe
@@ -39,7 +39,7 @@ def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
                 return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             errors.append(error)
-    raise RewriteError(f"torch.export cannot export the program: {first_line(errors[-1])}") from errors[-1]
+    raise RewriteError(f"torch.export cannot export the program: {named_line(errors[-1])}") from errors[-1]
 
 
 def widened(inputs: Inputs) -> Inputs:
@@ -85,8 +85,3 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(previous)
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

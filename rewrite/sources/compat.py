@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from rewrite.errors import first_line
+
 
 @functools.cache
 def mend_torchvision() -> torch.library.Library | None:
@@ -72,7 +74,7 @@ def _needed_mending() -> bool:
 
 def why_import_fails(error: Exception) -> str:
     """The reason on one line, and the way out of the most common one."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     if "torchvision" in reason and "does not exist" in reason:
         return f"{reason}: the installed torchvision was built for another torch; install the two together"
     return reason

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewrite.errors import RewriteError, did_you_mean
+from rewrite.errors import RewriteError, did_you_mean, first_line
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -152,8 +152,7 @@ def _read_file(path: Path) -> Inputs:
     except FileNotFoundError:
         raise RewriteError(f"--inputs: there is no file {path}") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RewriteError(
-            f"--inputs: cannot read {path}: {reason}; save tensors, tuples and dicts of them with torch.save"
+            f"--inputs: cannot read {path}: {first_line(error)}; save tensors, tuples and dicts of them with torch.save"
         ) from None
     return as_call(value, str(path))

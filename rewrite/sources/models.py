@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewrite.errors import RewriteError, did_you_mean
+from rewrite.errors import RewriteError, did_you_mean, first_line, named_line
 
 from .compat import import_mended, mended, why_import_fails
 from .pickles import current_folder_importable, load_module
@@ -95,7 +95,7 @@ def _create_timm(name: str) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=False)
     except Exception as error:
-        raise RewriteError(f"timm cannot build {name}: {_first_line(error)}") from None
+        raise RewriteError(f"timm cannot build {name}: {first_line(error)}") from None
     return model
 
 
@@ -116,7 +116,7 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
     except RewriteError:
         raise
     except Exception as error:
-        raise RewriteError(f"cannot load {folder}: {_first_line(error)}") from None
+        raise RewriteError(f"cannot load {folder}: {first_line(error)}") from None
     finally:
         transformers.utils.logging.set_verbosity(level)
         if bar:
@@ -220,7 +220,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     except RewriteError:
         raise
     except Exception as error:
-        reason = "it holds more than tensors" if "Weights only load failed" in str(error) else _first_line(error)
+        reason = "it holds more than tensors" if "Weights only load failed" in str(error) else first_line(error)
         raise RewriteError(f"cannot read the weights in {path}: {reason}; save model.state_dict()") from None
     for key in _CHECKPOINT_KEYS:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
@@ -241,11 +241,7 @@ def _listed(groups: Mapping[str, Iterable[str]]) -> str:
     return "; ".join(parts)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _located(error: BaseException) -> str:
     """The error on one line, with the place in the user's own code where it arose."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {_first_line(error)} ({last.filename}:{last.lineno})"
+    return f"{named_line(error)} ({last.filename}:{last.lineno})"

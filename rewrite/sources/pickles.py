@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, named_line
 from rewrite.torch_private import PyTorchFileReader
 
 from .compat import mended
@@ -146,8 +146,7 @@ def _unpickle(path: Path, allowed: Sequence[Allowed] = (), *, weights_only: bool
         script_class = re.search(r"attribute '(\w+)' on <module '[^']*__main__'", str(error))
         if script_class:
             raise _of_a_script(path, script_class[1]) from None
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise RewriteError(f"cannot rebuild the module in {path}: {type(error).__name__}: {reason}") from None
+        raise RewriteError(f"cannot rebuild the module in {path}: {named_line(error)}") from None
 
 
 def _expect_module(path: Path, value: object) -> nn.Module:
