@@ -1,14 +1,18 @@
-"""What all tests need: a torchvision that the model libraries can import, few threads, the gpu marker."""
+"""What all tests need: a torchvision that the model libraries can import, few threads, the gpu marker, and tests of one
+model side by side in one worker."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 from rewrite.sources.compat import mend_torchvision
+from rewrite.testing import FreshProcess
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
@@ -24,9 +28,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        group = _model(item)
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _model(item: pytest.Item) -> str:
+    """The model that a parametrized test is about: its captures are made once, in one worker (`--dist loadgroup`)."""
+    given = getattr(item, "callspec", None)
+    name = given.params.get("name") if given else None
+    return name if isinstance(name, str) else ""
+
+
+@pytest.fixture(scope="session")
+def fresh_process() -> Iterator[FreshProcess]:
+    """A process that has loaded nothing, for all tests of a worker."""
+    with FreshProcess() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own

@@ -32,7 +32,7 @@ def get_pass(name: str) -> type[Pass]:
     """
     entry_point = find(PASSES, "pass", name)
     found = load(entry_point, "pass")
-    reason = _refusal(name, found)
+    reason = refusal(name, found)
     if reason:
         raise RewriteError(f"pass '{name}' from {provider(entry_point)} is refused: {reason}")
     pass_class: type[Pass] = found
@@ -71,7 +71,7 @@ def _pass_of(element: Element, text: str) -> Pass:
         raise PipelineError(str(error), text, element.position_of(error.option)) from None
 
 
-def _refusal(name: str, found: object) -> str:
+def refusal(name: str, found: object) -> str:
     """Why this object is no pass of this name; empty when it is one."""
     if not (isinstance(found, type) and issubclass(found, Pass)):
         return f"{found!r} is no subclass of rewrite.Pass"
