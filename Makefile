@@ -1,7 +1,7 @@
 # Each target sets up its own virtual environment in .venv; nothing else is needed but Python 3.11 or later.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_FLAGS ?= -n auto
+PYTEST_FLAGS ?= -n auto --dist loadgroup --durations 20
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
@@ -12,7 +12,7 @@ READY := $(VENV)/ready
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# one thread each: the tests already run side by side
+# one thread each: the tests already run side by side, those of one model in one worker
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 

@@ -55,14 +55,15 @@ def test_imports_run_one_way(wing: str) -> None:
     assert strays(ROOT / "rewrite" / wing, wing, WINGS[wing]) == []
 
 
-def test_nothing_imports_the_command_line() -> None:
-    files = [f for f in (ROOT / "rewrite").rglob("*.py") if f.parent.name != "cli" and f.name != "__main__.py"]
-    assert [f for f in files for name in imports(f) if name.split(".")[0] == "cli"] == []
+@pytest.mark.parametrize("top", ["cli", "testing"])
+def test_nothing_imports_the_command_line_or_the_kit(top: str) -> None:
+    files = [f for f in (ROOT / "rewrite").rglob("*.py") if f.parent.name != top and f.name != "__main__.py"]
+    assert [f for f in files for name in imports(f) if name.split(".")[0] == top] == []
 
 
 def test_every_wing_has_its_rule() -> None:
     wings = {p.parent.name for p in (ROOT / "rewrite").glob("*/__init__.py")}
-    assert wings == {*WINGS, "cli"}
+    assert wings == {*WINGS, "cli", "testing"}
 
 
 @pytest.mark.parametrize("folder", sorted(p.parent.name for p in (ROOT / "passes").glob("*/__init__.py")))

@@ -1,0 +1,84 @@
+"""The table of every pass and the tiny models it is tried on. A pass's own test file holds its rows, as `ROWS`."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+import rewrite
+from rewrite.testing import Subject
+from rewrite.testing.trial import Expected
+from tests.compare import CAPTURED, case
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pass (its pipeline text) on a model (the name of a case), and what the kit is to expect of it there.
+
+    One row of each family is `compiled`: its result goes through Inductor as well. `data` makes what the pass is given.
+    """
+
+    step: str
+    model: str
+    changes: Expected
+    near_miss: Mapping[str, str] = field(default_factory=dict)
+    again: Expected = 0
+    compiled: bool = False
+    data: Callable[[], Any] = lambda: None
+
+    @property
+    def name(self) -> str:
+        """The pass's name."""
+        return self.step.partition("{")[0]
+
+
+def passes() -> dict[str, str]:
+    """The test module of every built-in pass by the pass's name, from the entry points."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    homes = project["project"]["entry-points"]["rewrite.passes"]
+    return {name: _test_module(home.partition(":")[0]) for name, home in homes.items()}
+
+
+def _test_module(home: str) -> str:
+    folder, _, file = home.removeprefix("rewrite.").rpartition(".")
+    return f"tests.{folder}.test_{file}"
+
+
+def rows() -> list[tuple[str, Row]]:
+    """Every row, with the family that its pass belongs to."""
+    modules = sorted({*passes().values()})
+    return [(module.split(".")[-2], row) for module in modules for row in import_module(module).ROWS]
+
+
+class SharedSubject(Subject):
+    """A case as a subject. Its capture is made once a test run, by whichever worker is first, and read by the others."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        chosen = case(name)
+        super().__init__(chosen.build(), *chosen.inputs(*CAPTURED))
+        self.file = folder / f"{name}.pt2"
+
+    @cached_property
+    def program(self) -> rewrite.Program:
+        with FileLock(f"{self.file}.lock"):
+            if self.file.exists():
+                return rewrite.load(self.file)
+            made = super().program
+            rewrite.save(made, self.file)
+            return made
+
+
+@functools.cache
+def subject(name: str, folder: Path) -> SharedSubject:
+    """The case of that name, one subject for all passes in this worker."""
+    return SharedSubject(name, folder)
