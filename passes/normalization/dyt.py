@@ -109,6 +109,9 @@ class DyT(Pass):
 
 
 def _tanh_from_zero(u: torch.Tensor) -> torch.Tensor:
-    """(1 - e^(-2u)) / (1 + e^(-2u)) for u >= 0, to full precision for the smallest u and without overflow."""
-    less = torch.expm1(-2 * u.clamp(min=0))
+    """(1 - e^(-2u)) / (1 + e^(-2u)) for u >= 0, to full precision for the smallest u and without overflow.
+
+    Its derivative at 0 is 1; that of ``clamp`` at its bound is 1 or 0, as torch's version has it.
+    """
+    less = torch.expm1(-2 * torch.where(u >= 0, u, 0))
     return -less / (less + 2)
