@@ -18,6 +18,7 @@ from rewrite.graph.nodes import aten, is_differentiable_leaf, is_pure, mutated_a
 from rewrite.torch_private import OpOverload
 
 from .contexts import ContextUse
+from .dropouts import forget_aliases
 
 _ASSERTIONS = (
     "_assert_tensor_metadata",
@@ -37,6 +38,7 @@ def flatten(module: GraphModule) -> None:
     _drop_assertions(module.graph)
     while _inline_one(module, serial):
         pass
+    forget_aliases(module.graph)
     _drop_idle_copies(module.graph)
     _forget_harmless_no_grad(module)
     drop_dead(module.graph)

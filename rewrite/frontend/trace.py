@@ -23,6 +23,7 @@ from rewrite.graph.layers import FunctionCall
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
 from .as_eager import SizeDecisions, View, seen_as
+from .dropouts import DropoutsApart
 from .functions import recorded_functions
 
 _PLAIN = (
@@ -172,7 +173,7 @@ def _screen_outputs(model: nn.Module, dropped: list[str]) -> None:
 
     @functools.wraps(forward)
     def screened(*args: Any, **kwargs: Any) -> Any:
-        with SizeDecisions():
+        with DropoutsApart(), SizeDecisions():
             outputs = forward(*args, **kwargs)
         return _screen(outputs, "output", dropped)
 

@@ -298,7 +298,7 @@ class RareDropouts(nn.Module):
 
 @stress(vectors)
 class DropoutOfRateZero(nn.Module):
-    """Rate 0 leaves no op in an eval capture, but the user may raise `p` later; rate 1 gives zeros."""
+    """Rate 0 hands its very input on, which is used beside it, and the user may raise `p` later; rate 1 gives zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class DropoutOfRateZero(nn.Module):
         self.all = nn.Dropout(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(self.off(x))
+        x = self.linear(self.off(x)) + x
         return x + self.all(x)
 
 
