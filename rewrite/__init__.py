@@ -1,5 +1,7 @@
 """A compiler for model surgery on PyTorch models.
 
+    model = rewrite.transform(model, "dyt", args=(x,))    # the whole way, or step by step:
+
     program = rewrite.capture(model, (x,))
     program = rewrite.apply(program, "dyt{alpha=0.8}")
     model = rewrite.graft(program, model)
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from rewrite.proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
 
     from .errors import RewriteError
+    from .surgery import transform
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,7 @@ __all__ = [
     "option",
     "pass_names",
     "save",
+    "transform",
     "verify",
 ]
 
@@ -68,6 +72,7 @@ _HOMES = {
     "pipeline.run": ["apply"],
     "pipeline.select": ["Selector"],
     "proof.contract": ["CLOSE", "ESTIMATE", "NEW", "SAME", "Contract"],
+    "surgery": ["transform"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

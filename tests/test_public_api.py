@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 SIGNATURES = {
     "capture": ["model", "args=", "kwargs="],
     "apply": ["model", "passes", "args=", "kwargs=", "*", "seed=", "verify=", "share=", "data="],
+    "transform": ["model", "passes", "args=", "kwargs=", "*", "seed=", "verify=", "data="],
     "verify": ["a", "b", "args=", "kwargs=", "*", "seed="],
     "save": ["program", "path"],
     "load": ["path"],
