@@ -111,7 +111,7 @@ def test_private_names_of_torch_stand_in_one_file() -> None:
 
 
 #: Private names of the standard library, and of an operator.
-NOT_TORCH = ("_getframe", "_ParameterKind", "_to_copy")
+NOT_TORCH = ("_getframe", "_ParameterKind", "_to_copy", "_exit")
 
 
 def own_names(tree: ast.Module) -> Iterator[str]:

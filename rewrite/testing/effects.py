@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
@@ -21,6 +20,7 @@ from rewrite.pipeline.context import Context, S
 from rewrite.pipeline.crash import VerificationError
 from rewrite.pipeline.run import digest
 from rewrite.pipeline.select import Selector
+from rewrite.torch_private import pytree
 
 from .observe import bytes_of, first_difference, graph_lines, outline, same, untouched
 from .trial import Trial, changed_paths, differs_from, fail

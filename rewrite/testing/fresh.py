@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch.utils import _pytree as pytree
 
 from rewrite.files.store import load
+from rewrite.torch_private import pytree
 
 from .observe import Observed, observe
 

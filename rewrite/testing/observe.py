@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rewrite.graph.program import Program
+from rewrite.torch_private import pytree
 
 _PLAIN = (bool, int, float, str, bytes, type(None), tuple, torch.dtype, torch.Size)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
 from rewrite.graph.program import Program
+from rewrite.torch_private import pytree
 
 
 class Bare(nn.Module):
