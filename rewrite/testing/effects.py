@@ -134,7 +134,7 @@ def check_elsewhere(trial: Trial) -> str:
     if bare is None:
         return "not checked: these inputs fit no other model"
     try:
-        after = trial.run(bare)
+        after = trial.run(bare, check="elsewhere")
     except RewriteError as error:
         raise fail("elsewhere", f"a model without a place for the pass is no error: {error}") from error
     if changed_paths(after) or first_difference(bare, after):
@@ -164,7 +164,7 @@ def check_partial(trial: Trial) -> str:
     chosen = next((p for p in places if any(_within(c, p) for c in trial.paths)), places[0])
     step = dataclasses.replace(trial.step, where=Selector(_exactly(chosen)))  # type: ignore[type-var]
     try:
-        after = trial.run(trial.program, step)
+        after = trial.run(trial.program, step, check="partial")
     except RewriteError as error:
         return f"refused: {error}"
     return _only(chosen, [p for p in places if p != chosen], after)
@@ -201,7 +201,7 @@ def _within(path: str, place: str) -> bool:
 def check_twice(trial: Trial) -> str:
     """A second run changes what its author says, nothing by default; a refusal by name changes nothing."""
     try:
-        second = trial.run(trial.result, verify=True)
+        second = trial.run(trial.result, check="twice", verify=True)
     except VerificationError as error:
         raise fail("twice", f"the second run breaks the contract: {error}") from error
     except RewriteError as error:
@@ -221,7 +221,7 @@ def _as_expected(trial: Trial, paths: Sequence[str]) -> None:
 def check_proof(trial: Trial) -> str:
     """The engine's proof of the contract holds, and there is something that it checked."""
     try:
-        proven = trial.run(trial.program, verify=True)
+        proven = trial.run(trial.program, check="proof", verify=True)
     except VerificationError as error:
         raise fail("proof", str(error)) from error
     verification = proven.history[-1].verification
