@@ -130,7 +130,8 @@ def digest(data: Any) -> str | None:
     for leaf in pytree.tree_leaves(data):
         if isinstance(leaf, torch.Tensor):
             made.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            made.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            if not leaf.is_meta:
+                made.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
             made.update(repr(leaf).encode())
     return made.hexdigest()
