@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from rewrite.errors import RewriteError
 from rewrite.graph.conditions import Condition
 from rewrite.graph.interface import Argument, Interface
-from rewrite.sources.compat import import_mended
-from rewrite.torch_private import pytree
+from rewrite.sources.installed import Installed
 
-from .values import Json, decode, encode
+from . import checked
+from .checked import Json
+from .specs import decode_outputs, decode_spec, encode_outputs, encode_spec
+from .values import decode, encode
 
 
 def encode_interface(interface: Interface) -> Json:
@@ -21,14 +22,14 @@ def encode_interface(interface: Interface) -> Json:
         {"name": p.name, "kind": p.kind.name, **_encode_default(p)} for p in interface.signature.parameters.values()
     ]
     arguments = [
-        {"name": a.name, "spec": pytree.treespec_dumps(a.spec), "leaves": list(a.leaves), "constants": encode(a.constants)}
+        {"name": a.name, "spec": encode_spec(a.spec), "leaves": list(a.leaves), "constants": encode(a.constants)}
         for a in interface.arguments
     ]
     return {
         "parameters": parameters,
         "arguments": arguments,
         "input_count": interface.input_count,
-        "output_specs": [_encode_spec(s) for s in interface.output_specs],
+        "output_specs": [encode_outputs(s) for s in interface.output_specs],
         "shapes": [list(s) for s in interface.shapes],
         "conditions": [[c.expression, c.words] for c in interface.conditions],
         "dropped_outputs": list(interface.dropped_outputs),
@@ -44,67 +45,69 @@ def _encode_default(parameter: inspect.Parameter) -> Json:
         return {"default": None}
 
 
-def plain_spec(spec: pytree.TreeSpec) -> pytree.TreeSpec:
-    """The same structure in dicts, lists and tuples alone, so that reading it needs no library."""
-    return pytree.tree_structure(plain(pytree.tree_unflatten([0] * spec.num_leaves, spec)))
-
-
-def plain(value: Any) -> Any:
-    """A nest of containers with dicts, lists and tuples in place of any other class."""
-    if pytree.tree_is_leaf(value):
-        return value
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    items, _ = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
-    return [plain(v) for v in items] if isinstance(value, list) else tuple(plain(v) for v in items)
-
-
-def _encode_spec(spec: pytree.TreeSpec) -> Json:
+def decode_interface(data: Json, installed: Installed) -> Interface:
+    """The calling convention that ``encode_interface`` wrote. Raises RewriteError where it does not fit together."""
+    checked.table(data, "interface", "parameters", "arguments", "input_count", "output_specs", "shapes", "conditions")
+    parameters = [_decode_parameter(p) for p in checked.items(data["parameters"], "parameters", 10_000)]
+    arguments = tuple(_decode_argument(a) for a in checked.items(data["arguments"], "arguments", 10_000))
+    shapes = tuple(_decode_shape(s) for s in checked.items(data["shapes"], "shapes"))
+    count = checked.whole(data["input_count"], "number of inputs", 0, len(shapes))
+    places = sorted(place for argument in arguments for place in argument.leaves if place is not None)
+    if places != list(range(count)) or count != len(shapes):
+        raise RewriteError("its arguments do not fit its inputs")
+    specs = checked.items(data["output_specs"], "output structures", 2)
+    if len(specs) != 2:
+        raise RewriteError("it has no output structure for each mode")
     try:
-        full: str | None = pytree.treespec_dumps(spec)
-    except Exception:
-        full = None
-    homes = sorted({n.type.__module__ for n in _spec_nodes(spec) if n.type is not None})
-    return {"plain": pytree.treespec_dumps(plain_spec(spec)), "full": full, "homes": homes}
-
-
-def _spec_nodes(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    return [spec, *(inner for child in spec.children() for inner in _spec_nodes(child))]
-
-
-def _decode_spec(data: Json, importable: Callable[[str], bool]) -> pytree.TreeSpec:
-    if data["full"] is not None:
-        try:
-            for home in data["homes"]:
-                if importable(home):
-                    import_mended(home)
-            return pytree.treespec_loads(data["full"])
-        except (ImportError, RuntimeError, KeyError, ValueError, AttributeError):
-            pass  # the library that defines the output class is not here, or broken: plain containers then
-    return pytree.treespec_loads(data["plain"])
-
-
-def decode_interface(data: Json, importable: Callable[[str], bool]) -> Interface:
-    """The calling convention that ``encode_interface`` wrote; ``importable`` says which modules may be imported."""
-    parameters = [
-        inspect.Parameter(
-            p["name"],
-            inspect._ParameterKind[p["kind"]],
-            default=decode(p["default"]) if "default" in p else inspect.Parameter.empty,
+        signature = inspect.Signature(parameters)
+        return Interface(
+            signature,
+            arguments,
+            count,
+            (decode_outputs(specs[0], installed), decode_outputs(specs[1], installed)),
+            shapes,
+            tuple(_decode_condition(c, shapes) for c in checked.items(data["conditions"], "conditions", 10_000)),
+            tuple(checked.text(d, "output") for d in checked.items(data.get("dropped_outputs", []), "outputs")),
         )
-        for p in data["parameters"]
-    ]
-    arguments = tuple(
-        Argument(a["name"], pytree.treespec_loads(a["spec"]), tuple(a["leaves"]), decode(a["constants"]))
-        for a in data["arguments"]
-    )
-    first, second = (_decode_spec(s, importable) for s in data["output_specs"])
-    return Interface(
-        inspect.Signature(parameters),
-        arguments,
-        data["input_count"],
-        (first, second),
-        tuple(tuple(s) for s in data["shapes"]),
-        tuple(Condition(e, w) for e, w in data["conditions"]),
-        tuple(data["dropped_outputs"]),
-    )
+    except ValueError as error:
+        raise RewriteError(f"its interface does not hold: {error}") from None
+
+
+def _decode_parameter(data: Json) -> inspect.Parameter:
+    checked.table(data, "parameter", "name", "kind")
+    kind = inspect._ParameterKind.__members__.get(checked.text(data["kind"], "kind of parameter"))
+    if kind is None or data["name"] == "self":
+        raise RewriteError(f"its parameter {checked.shown(data['name'])} is of no kind")
+    variadic = kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    default = decode(data["default"]) if "default" in data and not variadic else inspect.Parameter.empty
+    return inspect.Parameter(checked.name(data["name"], "parameter"), kind, default=default)
+
+
+def _decode_argument(data: Json) -> Argument:
+    checked.table(data, "argument", "name", "spec", "leaves", "constants")
+    spec = decode_spec(data["spec"])
+    leaves = checked.items(data["leaves"], "leaves", spec.num_leaves)
+    places = tuple(None if place is None else checked.whole(place, "input", 0) for place in leaves)
+    constants = decode(data["constants"])
+    if not isinstance(constants, tuple) or not len(constants) == len(places) == spec.num_leaves:
+        raise RewriteError(f"its argument {checked.shown(data['name'])} does not fit its structure")
+    return Argument(checked.name(data["name"], "argument"), spec, places, constants)
+
+
+def _decode_shape(data: Json) -> tuple[int | None, ...]:
+    return tuple(None if s is None else checked.size(s) for s in checked.items(data, "shape", checked.DIMENSIONS))
+
+
+def _decode_condition(data: Json, shapes: Sequence[tuple[int | None, ...]]) -> Condition:
+    """A condition on sizes that the inputs have."""
+    if not isinstance(data, list) or len(data) != 2:
+        raise RewriteError("one of its conditions on sizes is none")
+    condition = Condition(checked.text(data[0], "condition"), checked.text(data[1], "condition"))
+    if len(condition.words) > 10_000:
+        raise RewriteError("one of its conditions on sizes is too long")
+    condition.check()
+    known = {f"s{i}_{axis}" for i, shape in enumerate(shapes) for axis in range(len(shape))}
+    unknown = condition.names() - known
+    if unknown:
+        raise RewriteError(f"one of its conditions is on {checked.shown(min(unknown))}, which is no size of an input")
+    return condition

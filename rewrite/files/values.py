@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from rewrite.errors import RewriteError
-from rewrite.graph import ops
-from rewrite.torch_private import OpOverload
 
-Json = Any
+from . import checked
+from .checked import Json
+from .operators import operator_named
 
 _PLAIN = (bool, int, str, type(None))
-
-_SYMBOLIC = ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum")
+_LARGEST = 2**64
 
 
 def encode(value: Any) -> Json:
@@ -33,7 +31,7 @@ def encode(value: Any) -> Json:
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    if isinstance(value, OpOverload):
+    if isinstance(value, torch._ops.OpOverload):
         return {"op": str(value)}
     if isinstance(value, list):
         return [encode(v) for v in value]
@@ -47,68 +45,70 @@ def encode(value: Any) -> Json:
 
 
 def decode(value: Json, nodes: Mapping[str, Node] | None = None) -> Any:
-    """The value that ``encode`` wrote; nodes are looked up by name."""
+    """The value that ``encode`` wrote; nodes are looked up by name. Raises RewriteError for anything else."""
     if isinstance(value, list):
         return [decode(v, nodes) for v in value]
     if not isinstance(value, dict):
-        return value
+        return checked.whole(value, "number", -_LARGEST, _LARGEST) if type(value) is int else value
+    if len(value) != 1:
+        raise RewriteError(f"it holds the value {checked.shown(value)}, which is of no kind")
     ((kind, content),) = value.items()
     if kind == "node":
-        assert nodes is not None
-        return nodes[content]
+        return _node(content, nodes or {})
     if kind == "float":
-        return float(content)
+        return _float(content)
     if kind in ("dtype", "layout", "memory_format"):
-        found = getattr(torch, content)
-        if not isinstance(found, getattr(torch, kind)):
-            raise RewriteError(f"the file names {content!r} as a {kind}")
-        return found
+        return _of_torch(kind, content)
     if kind == "device":
-        return torch.device(content)
+        return device(content)
     if kind == "op":
         return operator_named(content)
     if kind == "tuple":
-        return tuple(decode(v, nodes) for v in content)
+        return tuple(decode(v, nodes) for v in checked.items(content))
     if kind == "dict":
-        return {decode(k, nodes): decode(v, nodes) for k, v in content}
-    if kind == "slice":
+        return _dictionary(content, nodes)
+    if kind == "slice" and isinstance(content, list) and len(content) == 3:
         return slice(*(decode(v, nodes) for v in content))
-    raise RewriteError(f"the file holds an unknown kind of value: {kind}")
+    raise RewriteError(f"it holds an unknown kind of value: {checked.shown(kind)}")
 
 
-def operator_named(name: str) -> OpOverload:
-    """The operator ``namespace.name.overload`` that is registered with torch."""
-    found: Any = torch.ops
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, OpOverload):
-        raise RewriteError(f"the file uses the operator {name}, which this torch does not have")
+def _node(content: Json, nodes: Mapping[str, Node]) -> Node:
+    if not isinstance(content, str) or content not in nodes:
+        raise RewriteError(f"its graph uses the node {checked.shown(content)} before it is there")
+    return nodes[content]
+
+
+def _float(content: Json) -> float:
+    if content not in ("inf", "-inf", "nan"):
+        raise RewriteError(f"it holds {checked.shown(content)} as a number")
+    return float(content)
+
+
+def _of_torch(kind: str, content: Json) -> Any:
+    found = vars(torch).get(content) if isinstance(content, str) else None
+    if not isinstance(found, getattr(torch, kind)):
+        raise RewriteError(f"it names {checked.shown(content)} as a {kind}")
     return found
 
 
-def function_name(target: Any) -> str:
-    if isinstance(target, OpOverload):
-        return str(target)
-    for prefix, home in (("operator", operator), ("math", math), ("rewrite", ops), ("torch", torch)):
-        name = getattr(target, "__name__", "")
-        if getattr(home, name, None) is target:
-            return f"{prefix}:{name}"
-    raise RewriteError(f"a call of {target} cannot be written to a file")
+def _dictionary(content: Json, nodes: Mapping[str, Node] | None) -> dict[Any, Any]:
+    made = {}
+    for pair in checked.items(content):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RewriteError("it holds a table whose entries are no pairs")
+        key = decode(pair[0], nodes)
+        if not isinstance(key, str | int | float | bool | tuple | type(None)):
+            raise RewriteError(f"it holds a table with the key {checked.shown(key)}")
+        made[key] = decode(pair[1], nodes)
+    return made
 
 
-def function_named(name: str) -> Callable[..., Any]:
-    prefix, _, rest = name.partition(":")
-    if not rest:
-        return operator_named(name)
-    home = {"operator": operator, "math": math, "rewrite": ops, "torch": torch}.get(prefix)
-    allowed = prefix != "torch" or rest in _SYMBOLIC
-    if (
-        home is None
-        or not allowed
-        or rest.startswith("_")
-        or not callable(getattr(home, rest, None))
-        or rest in ("attrgetter", "methodcaller", "itemgetter", "call")
-    ):
-        raise RewriteError(f"the file calls {name}, which is no operator")
-    found: Callable[..., Any] = getattr(home, rest)
-    return found
+def device(value: Any) -> torch.device:
+    """The device that a file names, or the CPU where this machine has none of the kind."""
+    kind, _, number = checked.text(value, "device").partition(":")
+    if kind not in ("cpu", "meta", "cuda", "mps", "xpu") or not (not number or number.isdecimal()):
+        raise RewriteError(f"it names the device {checked.shown(value)}")
+    if kind in ("cpu", "meta"):
+        return torch.device(kind)
+    here = getattr(torch, kind).is_available() if hasattr(torch, kind) else False
+    return torch.device(value) if here else torch.device("cpu")

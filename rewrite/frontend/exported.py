@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 
 from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs
+from rewrite.graph.nodes import module_stack
 from rewrite.graph.program import LayerGraph, Origin, Program
 from rewrite.torch_private import guards_code
 
@@ -27,6 +28,7 @@ def from_exported(exported: ExportedProgram) -> Program:
     source = Trace(module, guards=guards_code(exported))
     specs = (source.output_spec, source.output_spec)
     skeleton = Skeleton(module)
+    skeleton.contain(path for node in source.graph_module.graph.nodes for _, path, _ in module_stack(node))
     graph = prepared(module)
     interface = interface_of(inputs, graph, specs, source)
     drop_idle_casts(graph)

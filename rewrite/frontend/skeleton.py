@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,18 @@ class Skeleton:
         self.holders = holders(self.root)
         self.layers: dict[str, tuple[nn.Module, Any]] = {}
         self.counts: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+
+    def contain(self, paths: Iterable[str]) -> None:
+        """Make room for modules that calls name and the model lacks: an export does not keep those without tensors."""
+        for path in dict.fromkeys(paths):
+            holder = self.root
+            for part in path.split(".") if re.fullmatch(r"\w+(\.\w+)*", path) else ():
+                if part in holder._parameters or part in holder._buffers:
+                    break
+                found = holder._modules.setdefault(part, Container())
+                assert found is not None
+                holder = found
 
     def index(self, graph: Graph) -> None:
         """Count the calls of each module call key, so that ``path_for`` can tell a whole call from a part of one."""
@@ -56,17 +69,19 @@ class Skeleton:
         return any(v is not None for kind in (module._parameters, module._buffers, module._modules) for v in kind.values())
 
     def fresh(self, path: str) -> str:
-        """``path``, or the first of ``path_1``, ``path_2``, ... that is free."""
-        candidate, number = path, 0
-        while self._taken(candidate):
-            number += 1
-            candidate = f"{path}_{number}"
-        return candidate
-
-    def _taken(self, path: str) -> bool:
+        """``path``, or the first of ``path_1``, ``path_2``, ... that is free; higher up where its parent is not there."""
         parent, _, name = path.rpartition(".")
+        while parent and attribute(self.root, parent) is None:
+            parent = parent.rpartition(".")[0]
+        path = f"{parent}.{name}" if parent else name
         holder = attribute(self.root, parent) if parent else self.root
-        return holder is None or hasattr(holder, name)
+        number = self.numbers[path]  # where the last search ended: those before it are taken
+        candidate = f"{name}_{number}" if number else name
+        while hasattr(holder, candidate):
+            number += 1
+            candidate = f"{name}_{number}"
+        self.numbers[path] = number
+        return f"{parent}.{candidate}" if parent else candidate
 
     def put(self, path: str, layer: nn.Module, config: Any = None) -> None:
         """Set ``layer`` at ``path``; what the container there held, and the layer does not, stays under the layer."""

@@ -84,10 +84,11 @@ def _written(special: Set[str], write: Callable[[str, str], str]) -> Iterator[No
     original = fx_graph._format_target
 
     def format_target(base: str, target: str) -> str:
-        if special.isdisjoint(target.split(".")):
-            return original(base, target)
         for part in target.split("."):
-            base = write(base, part) if part in special else original(base, part)
+            if part in special:
+                base = write(base, part)
+            else:  # torch.fx puts any other name between quotes as it is
+                base = f"{base}.{part}" if part.isidentifier() else f"getattr({base}, {part!r})"
         return base
 
     fx_graph._format_target = format_target

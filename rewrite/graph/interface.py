@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,7 +165,8 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
 
     The text of the function spells the parameters out, so that torch.export and torch.compile see the true signature.
     """
-    names: dict[str, Any] = {"run": run, "interface": interface}
+    own = _own_prefix(interface.signature)
+    names: dict[str, Any] = {f"{own}run": run, f"{own}interface": interface, f"{own}enumerate": enumerate}
     declared: list[str] = []
     packed: list[str] = []
     keyword_only = False
@@ -180,16 +182,16 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
                 declared.append("*")
             keyword_only = True
         # what is left out is what it was at capture; the signature that is shown has the model's own default
-        declared.append(_declare(parameter, constants.get(parameter.name, parameter.default), i, names))
+        declared.append(_declare(parameter, constants.get(parameter.name, parameter.default), f"{own}default_{i}", names))
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and (
             i + 1 == len(parameters) or parameters[i + 1].kind is not parameter.kind
         ):
             declared.append("/")
-        packed.append(_pack(parameter))
+        packed.append(_pack(parameter, own))
     source = (
         f"def forward(self, {', '.join(declared)}):\n"
-        f"    values = {{{', '.join(packed)}}}\n"
-        f"    return interface.leave(run(self, *interface.enter(values)), self.training)\n"
+        f"    {own}values = {{{', '.join(packed)}}}\n"
+        f"    return {own}interface.leave({own}run(self, *{own}interface.enter({own}values)), self.training)\n"
     )
     exec(compile(source, "<rewrite.forward>", "exec"), names)
     forward: Callable[..., Any] = names["forward"]
@@ -202,20 +204,32 @@ def make_forward(interface: Interface, run: Callable[..., Any]) -> Callable[...,
     return forward
 
 
-def _declare(parameter: inspect.Parameter, default: Any, position: int, names: dict[str, Any]) -> str:
+def _own_prefix(signature: Signature) -> str:
+    """The beginning of names that no parameter has; parameters that are no identifiers cannot be written at all."""
+    for name in signature.parameters:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(f"the parameter {name[:60]!r} is no identifier")
+    prefix = "_of_forward_"
+    while any(name.startswith(prefix) for name in signature.parameters):
+        prefix = f"_{prefix}"
+    return prefix
+
+
+def _declare(parameter: inspect.Parameter, default: Any, name: str, names: dict[str, Any]) -> str:
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
         return f"*{parameter.name}"
     if parameter.kind is inspect.Parameter.VAR_KEYWORD:
         return f"**{parameter.name}"
     if parameter.default is inspect.Parameter.empty:
         return parameter.name
-    names[f"_default_{position}"] = default
-    return f"{parameter.name}=_default_{position}"
+    names[name] = default
+    return f"{parameter.name}={name}"
 
 
-def _pack(parameter: inspect.Parameter) -> str:
+def _pack(parameter: inspect.Parameter, own: str) -> str:
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-        return f"**{{f'{parameter.name}_{{i}}': v for i, v in enumerate({parameter.name})}}"
+        numbered = f"{own}i, {own}v in {own}enumerate({parameter.name})"
+        return f"**{{f'{parameter.name}_{{{own}i}}': {own}v for {numbered}}}"
     if parameter.kind is inspect.Parameter.VAR_KEYWORD:
         return f"**{parameter.name}"
     return f"{parameter.name!r}: {parameter.name}"

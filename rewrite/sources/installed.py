@@ -12,50 +12,64 @@ import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
 
-from .pickle_scan import Global
-
-
-def is_installed(module: str) -> bool:
-    """Whether a module belongs to an installed package, so that importing it runs nothing from the current folder."""
-    top = module.partition(".")[0]
-    spec = find_spec(top) if top and top != "__main__" else None
-    return spec is not None and spec.origin is not None and "site-packages" in spec.origin
-
 
 @dataclass(frozen=True)
-class _Installed:
-    """Where installers put packages, and the sources of those that are installed as editable."""
+class Installed:
+    """Where installers put packages, and the sources of those that are installed as editable, with what they are of.
 
-    folders: tuple[Path, ...]
+    ``folders`` holds for each folder the packages in it that count, None where all do: beside the package of an editable
+    installation lie its tests and scripts, which are not installed.
+    """
+
+    folders: tuple[tuple[Path, frozenset[str] | None], ...]
 
     @classmethod
-    def here(cls) -> _Installed:
+    def here(cls) -> Installed:
         paths = sysconfig.get_paths()
         folders = {paths["purelib"], paths["platlib"], *site.getsitepackages()}
         folders |= {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
-        found = [folder for text in folders for folder in (Path(text).absolute(), Path(text).resolve())]
+        places = (folder for text in folders for folder in (Path(text).absolute(), Path(text).resolve()))
+        found: list[tuple[Path, frozenset[str] | None]] = [(folder, None) for folder in places]
         for distribution in metadata.distributions(path=sorted(folders)):
             origin = json.loads(distribution.read_text("direct_url.json") or "{}")
             if origin.get("dir_info", {}).get("editable"):
-                found.append(Path(unquote(urlparse(origin["url"]).path)).resolve())
-        return cls((*found, Path(torch.__file__).parent))
+                names = frozenset((distribution.read_text("top_level.txt") or "").split())
+                found.append((Path(unquote(urlparse(origin["url"]).path)).resolve(), names or None))
+        return cls((*found, (Path(torch.__file__).parent, None)))
 
-    def defines(self, name: Global) -> bool:
-        """Whether the source of an installed package has a class of this name. Nothing is imported to see."""
-        source = _find_source(name.module)
+    def holds(self, module: str) -> bool:
+        """Whether a module belongs to an installed package, so that importing it runs nothing from the current folder."""
+        return self._source(module) is not None
+
+    def defines(self, module: str, name: str) -> bool:
+        """Whether the source of an installed module has a class of this name. Nothing is imported to see."""
+        return self._mentions(module, rf"^\s*class\s+{re.escape(name)}\b")
+
+    def registers(self, module: str, operator: str) -> bool:
+        """Whether the source of an installed module names the operator ``namespace::name``, or its namespace."""
+        namespace = operator.partition("::")[0]
+        return self._mentions(module, rf"""["']{re.escape(namespace)}(::|["'])""")
+
+    def _mentions(self, module: str, pattern: str) -> bool:
+        source = self._source(module)
         if source is None:
             return False
-        spellings = (source, source.resolve())
-        if not any(path.is_relative_to(folder) for path in spellings for folder in self.folders):
-            return False
-        text = source.read_text(encoding="utf-8", errors="replace")
-        return re.search(rf"^\s*class\s+{name.name}\b", text, re.MULTILINE) is not None
+        return re.search(pattern, source.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+
+    def _source(self, module: str) -> Path | None:
+        """The Python file that importing a module runs, if it lies where packages are installed."""
+        if not all(part.isidentifier() for part in module.split(".")) or "__main__" in module.split("."):
+            return None
+        source = _find_source(module)
+        spellings = (source, source.resolve()) if source else ()
+        top = module.partition(".")[0]
+        homes = [folder for folder, names in self.folders if names is None or top in names]
+        return source if any(path.is_relative_to(home) for path in spellings for home in homes) else None
 
 
 def _find_source(module: str) -> Path | None:

@@ -23,7 +23,7 @@ from rewrite.errors import RewriteError
 from rewrite.torch_private import torch_c
 
 from .compat import import_mended, why_import_fails
-from .installed import _Installed
+from .installed import Installed
 from .pickle_scan import Global, Node, Scan
 
 REBUILD = {
@@ -67,7 +67,7 @@ def vet(found: Scan, unsafe: set[str]) -> list[Allowed]:
     Raises:
         RefusedError: it names, calls, rebuilds or stores what a saved module does not.
     """
-    installed = _Installed.here()
+    installed = Installed.here()
     for name in found.names:
         _check_name(name, unsafe, installed)
     for node in found.nodes:
@@ -81,7 +81,7 @@ def vet(found: Scan, unsafe: set[str]) -> list[Allowed]:
 # ---- by name ---------------------------------------------------------------------------------------------
 
 
-def _check_name(found: Global, unsafe: set[str], installed: _Installed) -> None:
+def _check_name(found: Global, unsafe: set[str], installed: Installed) -> None:
     """Refuse what no role allows."""
     parts = found.module.split(".")
     if not (found.name.isidentifier() and all(part.isidentifier() for part in parts)) or "__main__" in parts:
@@ -91,7 +91,7 @@ def _check_name(found: Global, unsafe: set[str], installed: _Installed) -> None:
         return
     if parts[0] == "torch" and not found.module.startswith("torch.nn."):
         raise RefusedError(f"names {found.path}, which belongs to torch's own workings")
-    if not installed.defines(found):
+    if not installed.defines(found.module, found.name):
         raise RefusedError(f"names {found.path}, which is no class of an installed package")
 
 
@@ -146,7 +146,7 @@ def _adds_attributes(states: tuple[Any, ...]) -> bool:
 # ---- by what the names stand for -------------------------------------------------------------------------
 
 
-def _resolve(found: Scan, unsafe: set[str], installed: _Installed) -> dict[str, Any]:
+def _resolve(found: Scan, unsafe: set[str], installed: Installed) -> dict[str, Any]:
     """Import what is rebuilt, called or stored, check that it is fit for that, and return it by name."""
     called = {node.callee: node.of for node in found.nodes if node.kind == "call"}
     rebuilt = {node.callee: node.of for node in found.nodes if node.kind == "new"}
@@ -203,7 +203,7 @@ def _own_names(cls: type) -> set[str]:
     return {name for base in cls.__mro__ if base is not object for name in vars(base)}
 
 
-def _value(name: Global, installed: _Installed) -> Any:
+def _value(name: Global, installed: Installed) -> Any:
     if name.module in _FUNCTIONS:
         value = getattr(importlib.import_module(name.module), name.name, None)
         is_function = isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
@@ -214,9 +214,9 @@ def _value(name: Global, installed: _Installed) -> Any:
     raise RefusedError(f"stores {name.path}, which is neither data nor a function of torch.nn.functional")
 
 
-def _import(name: Global, installed: _Installed) -> Any:
+def _import(name: Global, installed: Installed) -> Any:
     """The object, if it is defined where its name says: nothing imported from elsewhere, nothing made up."""
-    if not installed.defines(name):
+    if not installed.defines(name.module, name.name):
         raise RefusedError(f"uses {name.path} as no saved module does")
     try:
         value = vars(import_mended(name.module)).get(name.name)
@@ -281,6 +281,3 @@ def _check_attribute(owner: str, key: object, value: Any, allowed: dict[str, Any
 
 def _is_module_node(value: Any, allowed: dict[str, Any]) -> bool:
     return isinstance(value, Node) and value.kind == "new" and _is_module_class(allowed[value.callee])
-
-
-# ---- installed packages ----------------------------------------------------------------------------------
