@@ -98,6 +98,7 @@ class Archive:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digests: Mapping[str, Any] | None = None
+        self._read: set[str] = set()
         self._length = file.seek(0, 2)
         try:
             with zipfile.ZipFile(file) as archive:
@@ -194,6 +195,12 @@ class Archive:
             place += count
         if self._digests is not None and name != DIGESTS and digest.hexdigest() != self._digests.get(name):
             raise RewriteError(f"it is damaged: the entry {name} has another digest than was written")
+        self._read.add(name)
+
+    def check_rest(self) -> None:
+        """Check the digests of what nobody has read. Raises RewriteError for an entry that is another than was written."""
+        for name in self.entries.keys() - self._read - {DIGESTS}:
+            self.read_into(name, memoryview(bytearray(self._found(name).size)))
 
     def size(self, name: str) -> int:
         return self._found(name).size

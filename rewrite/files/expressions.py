@@ -5,15 +5,14 @@ They are written as sympy prints them: ``Mul(Integer(2), Symbol('s77', positive=
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from typing import Any
 
 from rewrite.errors import RewriteError
+from rewrite.graph.expressions import Expression, read_expression
 
 from .checked import LARGEST, shown, symbol
 
-_LENGTH, _NODES, _EXPONENT = 20_000, 1000, 8
+_PARTS, _EXPONENT = 1000, 8
 _POWERS = ("Pow", "PowByNatural", "FloatPow")
 _FUNCTIONS = frozenset(
     (
@@ -35,100 +34,68 @@ def check_expression(text: Any) -> None:
 
     Numbers have 64 bits, exponents are at most 8 and do not nest, and there are at most 1,000 parts.
     """
-    if not isinstance(text, str) or len(text) > _LENGTH or not text.isascii():
-        raise RewriteError(f"it holds the size expression {shown(text)}, which is none")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        nodes = list(_parts(tree))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise _refused(text) from None
-    if len(nodes) > _NODES or not all(_is_legal(node) for node in nodes) or _nested_power(tree):
+        tree = read_expression(text) if isinstance(text, str) else None
+    except ValueError:
+        tree = None
+    parts = list(tree.walk()) if tree is not None else []
+    if tree is None or len(parts) > _PARTS or not all(_is_legal(part) for part in parts) or _is_nested_power(tree):
         raise _refused(text)
 
 
-def _refused(text: str) -> RewriteError:
+def _refused(text: Any) -> RewriteError:
     return RewriteError(f"it holds the size expression {shown(text)}, which does more than calculate with sizes")
 
 
-def _parts(node: ast.AST) -> Iterator[ast.AST]:
-    """Every part of an expression but the texts and flags inside of ``Symbol`` and ``Float``, which are judged with it."""
-    yield node
-    if isinstance(node, ast.Call):
-        children: list[ast.expr] = (
-            [] if _name(node) in ("Symbol", "Float") else [*node.args, *(k.value for k in node.keywords)]
-        )
-    else:
-        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-    for child in children:
-        yield from _parts(child)
+def _is_legal(part: Expression) -> bool:
+    if part.kind == "number":
+        return abs(float(part.value)) <= LARGEST
+    if part.kind == "name":
+        return part.value in _NAMES or _is_symbol(part.value)
+    if part.kind == "call":
+        return _is_legal_call(part)
+    if part.kind == "text":
+        return _is_symbol(part.value) or _is_number(part.value)  # of Symbol and Float, which are the calls that take one
+    return part.kind in ("negative", "+", "-", "*", "/", "//", "%", "**")
 
 
-def _name(node: ast.Call) -> str:
-    return node.func.id if isinstance(node.func, ast.Name) else ""
+def _is_legal_call(part: Expression) -> bool:
+    flags = all(name in _ASSUMPTIONS and _is_flag(value) for name, value in part.flags)
+    given = part.parts[0] if len(part.parts) == 1 else None
+    if part.value == "Symbol":
+        return flags and given is not None and given.kind == "text" and _is_symbol(given.value)
+    if part.value == "Float":
+        return flags and given is not None and given.kind in ("text", "number", "negative")
+    return flags and part.value in _FUNCTIONS and not any(inner.kind == "text" for inner in part.parts)
 
 
-def _is_legal(node: ast.AST) -> bool:
-    if isinstance(node, ast.Constant):
-        return isinstance(node.value, bool | float) or (type(node.value) is int and abs(node.value) <= LARGEST)
-    if isinstance(node, ast.Name):
-        return node.id in _NAMES or _is_symbol(node.id)
-    if isinstance(node, ast.Call):
-        return _is_legal_call(node)
-    if isinstance(node, ast.UnaryOp):
-        return isinstance(node.op, ast.USub | ast.UAdd)
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.FloorDiv | ast.Mod | ast.Pow)
-    return isinstance(node, ast.Tuple)
-
-
-def _is_legal_call(node: ast.Call) -> bool:
-    name = _name(node)
-    flags = all(k.arg in _ASSUMPTIONS and _is_flag(k.value) for k in node.keywords)
-    if name == "Symbol":
-        given = node.args[0] if len(node.args) == 1 else None
-        return flags and isinstance(given, ast.Constant) and isinstance(given.value, str) and _is_symbol(given.value)
-    if name == "Float":
-        given = node.args[0] if len(node.args) == 1 else None
-        return flags and isinstance(given, ast.Constant) and _is_number(given.value)
-    return flags and name in _FUNCTIONS
-
-
-def _is_flag(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and (
-        isinstance(node.value, bool) or (type(node.value) is int and 0 <= node.value < 999)
-    )
+def _is_flag(part: Expression) -> bool:
+    number = part.kind == "number" and isinstance(part.value, int) and part.value < 1000
+    return number or (part.kind == "name" and part.value in ("True", "False"))
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return len(value) < 60 and set(value) <= set("0123456789.+-e")
-    return isinstance(value, int | float) and abs(value) <= LARGEST
+    return isinstance(value, str) and 0 < len(value) < 60 and set(value) <= set("0123456789.+-e")
 
 
-def _is_symbol(value: str) -> bool:
+def _is_symbol(value: Any) -> bool:
     try:
-        return bool(symbol(value)) and value[-1].isdigit()
+        return symbol(value)[-1].isdigit()
     except RewriteError:
         return False
 
 
-def _nested_power(tree: ast.AST, inside: bool = False) -> bool:
+def _is_nested_power(part: Expression, inside: bool = False) -> bool:
     """Whether a power stands in another, or has an exponent that is no small number."""
-    power = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Pow)
-    parts: list[ast.expr] = []
-    if isinstance(tree, ast.BinOp) and power:
-        parts = [tree.left, tree.right]
-    elif isinstance(tree, ast.Call) and _name(tree) in _POWERS:
-        power, parts = True, tree.args
-    if power and (inside or len(parts) != 2 or not _is_small(parts[1])):
+    power = part.kind == "**" or (part.kind == "call" and part.value in _POWERS)
+    if power and (inside or len(part.parts) != 2 or not _is_small(part.parts[1])):
         return True
-    return any(_nested_power(child, inside or power) for child in ast.iter_child_nodes(tree))
+    return any(_is_nested_power(inner, inside or power) for inner in part.parts)
 
 
-def _is_small(node: ast.expr) -> bool:
-    if isinstance(node, ast.Call) and _name(node) in ("Integer", "Rational", "Float"):
-        return all(_is_small(argument) for argument in node.args)
-    if isinstance(node, ast.UnaryOp):
-        return _is_small(node.operand)
-    value = node.value if isinstance(node, ast.Constant) else None
-    return (isinstance(value, int | float) and abs(value) <= _EXPONENT) or value in ("0.5", "-0.5")
+def _is_small(part: Expression) -> bool:
+    if (part.kind == "call" and part.value in ("Integer", "Rational", "Float")) or part.kind == "negative":
+        return all(_is_small(inner) for inner in part.parts)
+    if part.kind == "number":
+        return abs(float(part.value)) <= _EXPONENT
+    return part.kind == "text" and part.value in ("0.5", "-0.5")

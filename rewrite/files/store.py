@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Graph
 
 from rewrite.errors import RewriteError
 from rewrite.graph.history import Record
+from rewrite.graph.interface import Interface
 from rewrite.graph.layers import Constants
+from rewrite.graph.nodes import fixed_size
 from rewrite.graph.program import Dimension, LayerGraph, Opaque, Origin, Program
 from rewrite.sources.installed import Installed
 from rewrite.sources.paths import check_regular
@@ -133,7 +136,9 @@ def _read(archive: Archive) -> Program:
             raise RewriteError(f"it has format 1, this version reads {FORMAT}: use the version that wrote it")
         return read_foreign(archive)
     archive.check_signature()
-    return _rebuilt(archive)
+    program = _rebuilt(archive)
+    archive.check_rest()
+    return program
 
 
 def _rebuilt(archive: Archive) -> Program:
@@ -154,7 +159,16 @@ def _rebuilt(archive: Archive) -> Program:
     args, kwargs = read_examples(archive.read(EXAMPLES))
     interface.bind(args, kwargs)
     revalue(module, graph)
+    _check_inputs(graph, interface)
     return Program(module, args, kwargs, *_notes(data))
+
+
+def _check_inputs(graph: Graph, interface: Interface) -> None:
+    """The graph's inputs have the sizes that a call is checked against."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, shape in zip(inputs, interface.shapes, strict=True):
+        if tuple(fixed_size(size) for size in node.meta["val"].shape) != shape:
+            raise RewriteError(f"the input {node.name} of its graph has other sizes than its interface")
 
 
 def _used(data: Mapping[str, Any]) -> list[str]:

@@ -6,34 +6,35 @@ They may come from a file, so they are read by a grammar of their own and never 
 
 from __future__ import annotations
 
-import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .expressions import Expression, read_expression
+
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-_LENGTH, _BITS, _EXPONENT = 4096, 1024, 8
+_BITS, _EXPONENT = 1024, 8
 
 Sizes = Mapping[str, int]
 _Value = Callable[[Sizes], int]
 
-_ARITHMETIC: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
 }
-_COMPARISONS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
+_COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
 }
 
 
@@ -50,9 +51,9 @@ class Condition:
         Raises ValueError if the expression holds anything but arithmetic and comparisons of bounded numbers.
         """
         try:
-            holds, _ = _read(_parsed(self.expression))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise ValueError(f"not a condition on sizes: {self.expression[:80]}") from None
+            holds, _ = _read(read_expression(self.expression))
+        except ValueError:
+            raise ValueError(f"not a condition on sizes: {self.expression[:80]!r}") from None
 
         def check(sizes: Sizes) -> bool:
             try:
@@ -64,30 +65,24 @@ class Condition:
 
     def names(self) -> set[str]:
         """The sizes that it is about."""
-        return {node.id for node in ast.walk(_parsed(self.expression)) if isinstance(node, ast.Name)}
+        return {str(part.value) for part in read_expression(self.expression).walk() if part.kind == "name"}
 
 
-def _parsed(text: str) -> ast.expr:
-    if len(text) > _LENGTH or not text.isascii():
-        raise ValueError(text)
-    return ast.parse(text.strip(), mode="eval").body
-
-
-def _read(node: ast.expr) -> tuple[_Value, int]:
+def _read(part: Expression) -> tuple[_Value, int]:
     """An expression as a function of the sizes, and how many bits its value has at most."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return _constant(node.value), _bounded(node.value.bit_length())
-    if isinstance(node, ast.Name):
-        return _named(node.id), 64
-    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        return _arithmetic(node)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd | ast.Not):
-        return _unary(node)
-    if isinstance(node, ast.BoolOp):
-        return _logic(node), 64
-    if isinstance(node, ast.Compare) and all(type(op) in _COMPARISONS for op in node.ops):
-        return _comparison(node), 1
-    raise ValueError(type(node).__name__)
+    if part.kind == "number" and isinstance(part.value, int):
+        return _constant(part.value), _bounded(part.value.bit_length())
+    if part.kind == "name":
+        return _named(str(part.value)), 64
+    if part.kind in _ARITHMETIC:
+        return _arithmetic(part)
+    if part.kind in _COMPARISONS:
+        return _comparison(part), 1
+    if part.kind in ("and", "or"):
+        return _logic(part), 64
+    if part.kind in ("negative", "not"):
+        return _unary(part)
+    raise ValueError(part.kind)
 
 
 def _bounded(bits: int) -> int:
@@ -104,49 +99,36 @@ def _named(name: str) -> _Value:
     return lambda sizes: sizes[name]
 
 
-def _arithmetic(node: ast.BinOp) -> tuple[_Value, int]:
-    (left, a), (right, b) = _read(node.left), _read(node.right)
-    apply = _ARITHMETIC[type(node.op)]
-    bits = a + b if isinstance(node.op, ast.Mult) else max(a, b) + 1
-    if isinstance(node.op, ast.Pow):
-        exponent = node.right.value if isinstance(node.right, ast.Constant) else None
-        if type(exponent) is not int or not 0 <= exponent <= _EXPONENT:
+def _arithmetic(part: Expression) -> tuple[_Value, int]:
+    (left, a), (right, b) = (_read(operand) for operand in part.parts)
+    apply = _ARITHMETIC[part.kind]
+    bits = a + b if part.kind == "*" else max(a, b) + 1
+    if part.kind == "**":
+        exponent = part.parts[1].value
+        if not isinstance(exponent, int) or not 0 <= exponent <= _EXPONENT:
             raise ValueError("an exponent that is no small number")
         bits = a * exponent
     return lambda sizes: apply(left(sizes), right(sizes)), _bounded(bits)
 
 
-def _unary(node: ast.UnaryOp) -> tuple[_Value, int]:
-    inner, bits = _read(node.operand)
-    if isinstance(node.op, ast.Not):
+def _comparison(part: Expression) -> _Value:
+    (left, _), (right, _) = (_read(operand) for operand in part.parts)
+    test = _COMPARISONS[part.kind]
+    return lambda sizes: test(left(sizes), right(sizes))
+
+
+def _logic(part: Expression) -> _Value:
+    (left, _), (right, _) = (_read(operand) for operand in part.parts)
+    if part.kind == "and":
+        return lambda sizes: left(sizes) and right(sizes)
+    return lambda sizes: left(sizes) or right(sizes)
+
+
+def _unary(part: Expression) -> tuple[_Value, int]:
+    inner, bits = _read(part.parts[0])
+    if part.kind == "not":
         return lambda sizes: not inner(sizes), 1
-    if isinstance(node.op, ast.USub):
-        return lambda sizes: -inner(sizes), bits
-    return inner, bits
-
-
-def _logic(node: ast.BoolOp) -> _Value:
-    parts = [_read(value)[0] for value in node.values]
-    decides = isinstance(node.op, ast.Or)
-
-    def holds(sizes: Sizes) -> int:
-        for part in parts:  # in order, as Python does: a later part may rest on an earlier one
-            if bool(part(sizes)) is decides:
-                return decides
-        return not decides
-
-    return holds
-
-
-def _comparison(node: ast.Compare) -> _Value:
-    values = [_read(value)[0] for value in (node.left, *node.comparators)]
-    tests = [_COMPARISONS[type(op)] for op in node.ops]
-
-    def holds(sizes: Sizes) -> int:
-        found = [value(sizes) for value in values]
-        return all(test(found[i], found[i + 1]) for i, test in enumerate(tests))
-
-    return holds
+    return lambda sizes: -inner(sizes), bits
 
 
 def conditions(guards: Sequence[str], places: Mapping[str, int]) -> tuple[Condition, ...]:
