@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import _subclasses as fake_tensors
+from torch._export.serde import schema, serialize
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.pt2_archive import _package as archive
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,12 +32,14 @@ __all__ = [
     "TorchDispatchMode",
     "_BatchNorm",
     "_DropoutNd",
-    "archive",
     "fake_tensors",
     "guards_code",
+    "operator_schemas",
     "output_spec",
     "plain_tensors",
     "pytree",
+    "schema",
+    "serialize",
     "size_symbol",
     "torch_c",
 ]
@@ -45,21 +47,28 @@ __all__ = [
 torch_c = torch._C
 PyTorchFileReader = torch._C.PyTorchFileReader
 plain_tensors = _disable_current_modes
+operator_schemas = torch._C._jit_get_schemas_for_operator
 
 #: What is imported, by its full name, and why a public name will not do.
 NAMES: dict[str, str] = {
     "torch._C.DisableTorchFunction": "a size decision is computed with plain tensors inside a trace",
     "torch._C.PyTorchFileReader": "a zip of tensors is listed, and its pickle scanned, before anything is loaded",
     "torch._C._VariableFunctionsClass": "pickles name functions of torch as attributes of this class",
-    "torch._C._pickle_load_obj": "torch.export falls back to it, which runs code from a file: it is refused there",
+    "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",
     "torch._dynamo.source.ConstantSource": "a dynamic size read from a file needs an origin to be created",
+    "torch._export.serde.schema.ExportedProgram": "an export's graph is judged field by field before torch builds it",
+    "torch._export.serde.schema.PayloadMeta": "where torch.export.load finds a tensor in an archive of ours",
+    "torch._export.serde.schema.ScalarType": "the dtypes of an export's tensors",
+    "torch._export.serde.serialize.ExportedProgramDeserializer": "an export's graph is built without torch.export.load",
+    "torch._export.serde.serialize._dataclass_to_dict": "tables of tensors are written as torch.export.load reads them",
+    "torch._export.serde.serialize._dict_to_dataclass": "the graph that was judged is the graph that is built",
+    "torch._export.serde.serialize.deserialize_scalar_type": "the dtypes of an export's tensors",
+    "torch._export.serde.serialize.serialize": "an export without torch's archive writer, which aborts on a full disk",
+    "torch._export.serde.serialize.serialize_tensor_meta": "tables of tensors are written as torch.export.load reads them",
     "torch._library.custom_ops.OPDEFS": "which module defines a custom operator, so that a reader imports it first",
     "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
     "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
     "torch._subclasses.FakeTensorMode": "shapes and dtypes without computing, for a capture that runs nothing",
-    "torch.export.pt2_archive._package.PT2ArchiveReader": "one entry of an archive is read without loading the rest",
-    "torch.export.pt2_archive._package._load_extra_files": "as above: what `save` wrote beside the two programs",
-    "torch.export.pt2_archive._package._load_state_dict": "as above: the weights",
     "torch.fx.experimental.symbolic_shapes.DimDynamic": "a dynamic size read from a file is dynamic",
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": "dynamic sizes of fake tensors live in one",
     "torch.fx.graph._format_target": "torch.fx writes attributes named like Python keywords as they are",
@@ -68,6 +77,8 @@ NAMES: dict[str, str] = {
     "torch.utils._python_dispatch.TorchDispatchMode": "exact arithmetic turns every operator's dtype into float64",
     "torch.utils._python_dispatch._disable_current_modes": "a size decision is computed with real kernels inside a trace",
     "torch.utils._pytree.tree_flatten": "the containers of a model's inputs and outputs, as torch.export sees them",
+    "torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE": "which output classes are registered, before a file names one",
+    "torch.utils._pytree.SUPPORTED_SERIALIZED_TYPES": "whether reading a container calls what its context names",
     "torch.utils._pytree.tree_map": "as above",
     "torch.utils._pytree.tree_unflatten": "as above",
 }

@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._export.serde import schema
-from torch._export.serde.serialize import _dataclass_to_dict, serialize, serialize_tensor_meta
 from torch.export import ExportedProgram
 
 from rewrite.errors import RewriteError
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, export_program, widened
 from rewrite.graph.regions import Region
+from rewrite.torch_private import schema, serialize
 
 from .specs import plain_spec
 from .tensors import TensorWriter, dense_strides
@@ -33,7 +32,9 @@ def write_evaluation(program: Program, writer: Writer, tensors: TensorWriter, ex
     """Write what torch.export.load reads, under the name ``model``, its tensors by ``tensors``."""
     exported = exported_evaluation(program)
     with keyword_safe():
-        content = serialize(exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False)
+        content = serialize.serialize(
+            exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+        )
     weights = {name: (tensor, tensors.add(tensor, f"{_WEIGHTS}weight_")) for name, tensor in exported.state_dict.items()}
     constants = {
         name: (_tensor(name, value), tensors.add(_tensor(name, value), f"{_CONSTANTS}tensor_"))
@@ -82,12 +83,12 @@ def _config(payloads: Mapping[str, tuple[torch.Tensor, str]], folder: str) -> by
         )
         for name, (tensor, entry) in payloads.items()
     }
-    return json.dumps(_dataclass_to_dict(schema.PayloadConfig(config=config))).encode()
+    return json.dumps(serialize._dataclass_to_dict(schema.PayloadConfig(config=config))).encode()
 
 
 def _meta(tensor: torch.Tensor) -> schema.TensorMeta:
     layout = torch.empty_strided(tensor.shape, dense_strides(tensor), dtype=tensor.dtype, device="meta")
-    found = serialize_tensor_meta(layout)
+    found = serialize.serialize_tensor_meta(layout)
     found.requires_grad = tensor.requires_grad
     found.device = schema.Device(type=tensor.device.type, index=tensor.device.index)
     return found

@@ -12,18 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._export.serde import schema
-from torch._export.serde.serialize import (
-    ExportedProgramDeserializer,
-    _dict_to_dataclass,
-    deserialize_scalar_type,
-)
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.exported import from_exported
 from rewrite.graph.export import quiet
 from rewrite.graph.program import Program
 from rewrite.sources.installed import Installed
+from rewrite.torch_private import schema, serialize
 
 from . import checked
 from .archive import Archive
@@ -47,8 +42,8 @@ def read_foreign(archive: Archive) -> Program:
         raise RewriteError("it holds no example inputs: export it again with torch.export.save")
     call = read_examples(examples)
     with quiet():
-        program = _dict_to_dataclass(schema.ExportedProgram, document)
-        exported = ExportedProgramDeserializer().deserialize(program, weights, constants, call)
+        program = serialize._dict_to_dataclass(schema.ExportedProgram, document)
+        exported = serialize.ExportedProgramDeserializer().deserialize(program, weights, constants, call)
         return from_exported(exported)
 
 
@@ -126,6 +121,6 @@ def _dtype(value: Json) -> torch.dtype:
     known = {int(member) for member in schema.ScalarType if member is not schema.ScalarType.UNKNOWN}
     if checked.whole(value, "dtype") not in known:
         raise RewriteError(f"it holds a tensor of the dtype {shown(value)}, which this torch does not have")
-    found = deserialize_scalar_type(schema.ScalarType(value))
+    found = serialize.deserialize_scalar_type(schema.ScalarType(value))
     assert isinstance(found, torch.dtype)
     return found

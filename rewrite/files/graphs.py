@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._library.custom_ops import OPDEFS
 from torch.fx import Graph, Node
 
 from rewrite.errors import RewriteError
 from rewrite.graph.regions import Region
 from rewrite.sources.compat import import_mended
 from rewrite.sources.installed import Installed
+from rewrite.torch_private import OPDEFS, OpOverload
 
 from . import checked
 from .checked import Json
@@ -30,7 +30,7 @@ def operator_homes(module: nn.Module, graph: Graph) -> list[str]:
         node.target._schema.name
         for g in graphs
         for node in g.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims")
+        if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims")
     }
     known = {name: OPDEFS[name] for name in names if name in OPDEFS}
     return sorted({definition._init_fn.__module__ for definition in known.values()})

@@ -16,6 +16,7 @@ from rewrite.graph.program import Container, LayerGraph
 from rewrite.graph.regions import Region
 from rewrite.sources.compat import import_mended
 from rewrite.sources.installed import Installed
+from rewrite.torch_private import OpOverload
 
 from . import checked
 from .checked import Json
@@ -177,7 +178,7 @@ def _check_contexts(contexts: Any) -> None:
 def _check_modal(made: ModalOperator) -> None:
     values = made.__dict__
     overload, modal, places = (values.get(key) for key in ("overload", "modal", "places"))
-    whole = isinstance(overload, torch._ops.OpOverload) and isinstance(modal, dict) and isinstance(places, dict)
+    whole = isinstance(overload, OpOverload) and isinstance(modal, dict) and isinstance(places, dict)
     pairs = isinstance(modal, dict) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in modal.values())
     if not whole or not pairs:
         raise RewriteError("an operator of it that depends on the mode does not say how")

@@ -13,6 +13,7 @@ import torch
 
 from rewrite.errors import RewriteError
 from rewrite.graph import ops
+from rewrite.torch_private import OpOverload, operator_schemas
 
 from .checked import shown
 
@@ -64,7 +65,7 @@ _ON_SIZES: Mapping[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
-def operator_named(name: Any) -> torch._ops.OpOverload:
+def operator_named(name: Any) -> OpOverload:
     """The operator ``namespace.name.overload``, if it is one that a file may name.
 
     Those are ATen's functional and in-place operators on tensors, and the custom operators of packages that are imported.
@@ -76,19 +77,19 @@ def operator_named(name: Any) -> torch._ops.OpOverload:
     if not _is_registered(namespace, base, overload):
         raise RewriteError(f"it uses the operator {name}, which this torch does not have")
     found = getattr(getattr(getattr(torch.ops, namespace), base), overload)
-    if not isinstance(found, torch._ops.OpOverload) or not _is_allowed(found):
+    if not isinstance(found, OpOverload) or not _is_allowed(found):
         raise RewriteError(f"it uses the operator {name}, which does more than compute on tensors")
     return found
 
 
 def _is_registered(namespace: str, base: str, overload: str) -> bool:
     """Asked of the dispatcher before any attribute is looked up: ``torch.ops`` is a module with attributes of its own."""
-    schemas = torch._C._jit_get_schemas_for_operator(f"{namespace}::{base}")
+    schemas = operator_schemas(f"{namespace}::{base}")
     return any((schema.overload_name or "default") == overload for schema in schemas)
 
 
 @cache
-def _is_allowed(found: torch._ops.OpOverload) -> bool:
+def _is_allowed(found: OpOverload) -> bool:
     namespace, base = found._schema.name.split("::")
     if namespace not in ("aten", "prims"):
         return not _OF_TORCH.fullmatch(namespace) and not namespace.startswith("_")
@@ -99,7 +100,7 @@ def _is_allowed(found: torch._ops.OpOverload) -> bool:
 
 def function_name(target: Any) -> str:
     """The name under which a file refers to a function of a graph. Raises RewriteError for one that it cannot."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     for prefix, (home, names) in _ON_SIZES.items():
         name = getattr(target, "__name__", "")
@@ -122,7 +123,7 @@ def function_named(name: Any) -> Callable[..., Any]:
 
 def check_call(target: Any, args: Any, kwargs: Any) -> None:
     """Refuse a call on sizes whose result could be larger than any size, and arguments that are no numbers or nodes."""
-    if isinstance(target, torch._ops.OpOverload) or target in (operator.getitem, torch.sym_sum):
+    if isinstance(target, OpOverload) or target in (operator.getitem, torch.sym_sum):
         return
     if any(isinstance(value, list | tuple | dict | slice) for value in (*args, *kwargs.values())):
         raise RewriteError(f"it calls {target.__name__} with a container")

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, first_line
 from rewrite.graph.export import quiet
 from rewrite.graph.fakes import Fakes, fake_value
 from rewrite.graph.nodes import attribute, hint_of
 from rewrite.graph.program import LayerGraph
+from rewrite.torch_private import FakeTensorMode, OpOverload, ShapeEnv, TorchDispatchMode, size_symbol
 
 from . import checked
 from .checked import LARGEST
@@ -84,7 +82,7 @@ def _check_call(module: LayerGraph, node: Node) -> None:
     """A layer that is called is there; a function on sizes is given no list of tensors, which it would repeat."""
     if node.op == "call_module" and not isinstance(attribute(module, str(node.target)), nn.Module):
         raise RewriteError(f"its graph calls the layer {node.target}, which it does not hold")
-    on_sizes = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+    on_sizes = node.op == "call_function" and not isinstance(node.target, OpOverload)
     if on_sizes and node.target is not operator.getitem:
         for given in node.all_input_nodes:
             if isinstance(given.meta.get("val"), list | tuple):
@@ -105,8 +103,7 @@ def _computed(module: LayerGraph, node: Node, written: Any, mode: FakeTensorMode
         raise
     except Exception as error:  # operators that dynamic sizes defeat, as recurrent ones do: the example's sizes then
         if written is None:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RewriteError(f"the node {node.name} of its graph cannot be computed: {line[:200]}") from None
+            raise RewriteError(f"the node {node.name} of its graph cannot be computed: {first_line(error)}") from None
         return _example_value(written, mode)
 
 
@@ -147,18 +144,6 @@ def _layout(data: Any) -> tuple[torch.dtype, list[int | tuple[str, int]], torch.
 def _symbol(mode: FakeTensorMode, symbols: dict[str, torch.SymInt], name: str, example: int) -> torch.SymInt:
     """The dynamic size of this name, whose text goes no further: sizes are numbered."""
     if name not in symbols:
-        symbols[name] = _new_symbol(mode, f"size_{len(symbols)}", example)
+        assert mode.shape_env is not None
+        symbols[name] = size_symbol(mode.shape_env, f"size_{len(symbols)}", example)
     return symbols[name]
-
-
-def _new_symbol(mode: FakeTensorMode, name: str, example: int) -> torch.SymInt:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
-
-    environment = mode.shape_env
-    assert environment is not None
-    source = ConstantSource(name)
-    symbol = environment.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    made = environment.create_symintnode(symbol, hint=example, source=source)
-    assert isinstance(made, torch.SymInt)
-    return made

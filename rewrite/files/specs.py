@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from rewrite.errors import RewriteError
 from rewrite.sources.compat import import_mended
 from rewrite.sources.installed import Installed
+from rewrite.torch_private import pytree
 
 from .checked import Json, items, name, parsed, shown, table, text
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, named_line
 from rewrite.graph.history import Record
 from rewrite.graph.interface import Interface
 from rewrite.graph.layers import Constants
@@ -118,8 +118,7 @@ def load(path: str | os.PathLike[str]) -> Program:
     except OSError as error:
         raise RewriteError(f"cannot read {source}: {error.strerror or error}") from None
     except Exception as error:  # what a file can get wrong is without end; a bug of ours is in the chain
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise RewriteError(f"{source} cannot be read as a .pt2 archive: {type(error).__name__}: {first}"[:300]) from error
+        raise RewriteError(f"{source} cannot be read as a .pt2 archive: {named_line(error)}") from error
 
 
 def _check_file(source: Path) -> None:

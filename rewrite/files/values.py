@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from rewrite.errors import RewriteError
+from rewrite.torch_private import OpOverload
 
 from . import checked
 from .checked import Json
@@ -31,7 +32,7 @@ def encode(value: Any) -> Json:
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    if isinstance(value, torch._ops.OpOverload):
+    if isinstance(value, OpOverload):
         return {"op": str(value)}
     if isinstance(value, list):
         return [encode(v) for v in value]
