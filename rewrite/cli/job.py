@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rewrite.graph.history import Record
     from rewrite.graph.program import Program
-    from rewrite.pipeline.run import Listener
+    from rewrite.pipeline.settings import Listener
 
 FILES = (".pt", ".pth", ".bin", ".pt2", ".safetensors")
 _LIBRARIES = ("torch", "timm", "transformers", "onnx")

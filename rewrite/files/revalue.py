@@ -55,7 +55,7 @@ class _Bounded(TorchDispatchMode):
 def _propagate(
     module: LayerGraph, graph: Graph, mode: FakeTensorMode, symbols: dict[str, torch.SymInt], bounded: _Bounded
 ) -> None:
-    known: Fakes = {}
+    known = module.shapes
     for node in graph.nodes:
         written = node.meta.pop("file_value", None)
         bounded.calls = 0

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from rewrite.graph.nodes import attribute, module_stack
 from rewrite.graph.program import Container
-from rewrite.graph.tree import adopt, holders
+from rewrite.graph.tree import Places, adopt
 
 
 class Skeleton:
@@ -20,7 +20,7 @@ class Skeleton:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = _mirror(model, {})
-        self.holders = holders(self.root)
+        self.places = Places(self.root)
         self.layers: dict[str, tuple[nn.Module, Any]] = {}
         self.counts: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()
@@ -90,10 +90,7 @@ class Skeleton:
         old = holder._modules.get(name)
         if old is not None:
             adopt(layer, old)
-            for other, key in self.holders.get(id(old), ()):
-                other._modules[key] = layer
-            self.holders[id(layer)] = self.holders.pop(id(old), [])
-        holder._modules[name] = layer
+        self.places.put(holder, name, layer)
         self.layers[path] = (layer, config)
 
     def place(self, nodes: Sequence[Node], name: str, layer: nn.Module) -> str:

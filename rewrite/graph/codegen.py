@@ -33,6 +33,7 @@ _SHADOWED = frozenset(
         "reason",
         "recompile",
         "runs",
+        "shapes",
         "shift",
         "weight_name",
     }

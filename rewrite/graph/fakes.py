@@ -1,54 +1,124 @@
-"""FakeTensor values of nodes: shapes and dtypes without computing."""
+"""FakeTensor values of nodes: shapes and dtypes without computing, inferred once for each operator and layer alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import types
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.torch_private import FakeTensor, FakeTensorMode, pytree
+from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, pytree
 
 from .nodes import attribute
 
-Fakes = dict[tuple[Any, ...], torch.Tensor]
-"""FakeTensors of one mode, by size, stride, dtype and device."""
+
+class Fakes:
+    """What shape inference found so far, to be found again at other nodes: by what is called and on which shapes.
+
+    A layer counts by its configuration: its class, plain attributes, and the shapes of its tensors.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[Hashable, Any] = {}
+        self.tensors: dict[Hashable, torch.Tensor] = {}
+
+    def like(self, tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+        """A fake tensor like this one; made under the mode."""
+        layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, mode)
+        if layout not in self.tensors:
+            self.tensors[layout] = torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=layout[3])
+        return self.tensors[layout]
 
 
-def fake_value(module: nn.Module, node: Node, values: Mapping[Node, Any] | None = None, known: Fakes | None = None) -> Any:
+def fake_value(
+    module: nn.Module,
+    node: Node,
+    values: Mapping[Node, Any] | None = None,
+    known: Fakes | None = None,
+    layer: nn.Module | None = None,
+) -> Any:
     """What a node computes on FakeTensors: those in ``values``, else the ones that its inputs carry.
 
-    ``known`` keeps the fakes of parameters from call to call: making them costs as much as the layer.
+    ``known`` keeps what was inferred, from call to call. ``layer`` stands in for the layer that the node calls.
     """
-    known = {} if known is None else known
+    known = Fakes() if known is None else known
 
     def fake(source: Node) -> Any:
         return values[source] if values is not None and source in values else source.meta.get("val")
 
     args = torch.fx.map_arg(node.args, fake)
     kwargs = torch.fx.map_arg(dict(node.kwargs), fake)
+    target: Any = node.target
+    if node.op == "call_module":
+        target = attribute(module, str(node.target)) if layer is None else layer
     mode = _fake_mode([args, kwargs]) or _fake_mode([n.meta.get("val") for n in node.graph.nodes])
-    with mode or _nothing(), torch.no_grad():
-        if node.op == "call_function":
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        layer = attribute(module, str(node.target))
-        if mode is None:
-            return layer(*args, **kwargs)
-        state = {name: _fake(t, known) for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-        with _evaluating(layer):
-            return torch.func.functional_call(layer, state, args, kwargs)
+    try:
+        key: Hashable = (mode, _configuration(target), _described(args), _described(kwargs))
+        if key in known.values:
+            return known.values[key]
+    except _UndescribedError:
+        key = None
+    found = _infer(target, args, kwargs, mode, known)
+    if key is not None:
+        known.values[key] = found
+    return found
 
 
-def _fake(tensor: torch.Tensor, known: Fakes) -> torch.Tensor:
-    """A tensor like this one, made under the current mode."""
-    layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    if layout not in known:
-        known[layout] = torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=layout[3])
-    return known[layout]
+def _infer(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None, known: Fakes) -> Any:
+    with mode or nullcontext(), torch.no_grad():
+        if mode is None or not isinstance(target, nn.Module):
+            return target(*args, **kwargs)
+        state = {name: known.like(t, mode) for name, t in [*target.named_parameters(), *target.named_buffers()]}
+        with _evaluating(target):
+            return torch.func.functional_call(target, state, args, kwargs)
+
+
+class _UndescribedError(Exception):
+    """Something that inference may depend on has no description: it is inferred anew."""
+
+
+def _configuration(target: Any) -> Hashable:
+    """All that a function's, or a layer's, output shapes depend on besides its inputs."""
+    if not isinstance(target, nn.Module):
+        return target  # type: ignore[no-any-return]
+    if any(getattr(target, hooks) for hooks in _HOOKS):
+        raise _UndescribedError
+    plain = tuple((name, _described(value)) for name, value in vars(target).items() if name not in _MODULE)
+    tensors = tuple((name, _described(t)) for held in (target._parameters, target._buffers) for name, t in held.items())
+    return type(target), plain, tensors, tuple((name, _configuration(child)) for name, child in target._modules.items())
+
+
+_MODULE = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.layout)
+_CODE = (torch.memory_format, types.FunctionType, types.BuiltinFunctionType, OpOverload)
+
+
+def _described(value: Any) -> Hashable:
+    """A plain value, with its type (1 is not True); a tensor by its layout, a size by its expression."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise _UndescribedError
+        return (type(value), *map(_size, value.shape), "|", *map(_size, value.stride()), value.dtype, value.device)
+    if isinstance(value, list | tuple):
+        return (type(value), *map(_described, value))
+    if isinstance(value, dict):
+        return (dict, *((_described(k), _described(v)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return (slice, *map(_described, (value.start, value.stop, value.step)))
+    if isinstance(value, torch.SymInt):
+        return _size(value)
+    if not isinstance(value, _PLAIN + _CODE):
+        raise _UndescribedError
+    return type(value), value
+
+
+def _size(size: Any) -> Hashable:
+    return size.node.expr if isinstance(size, torch.SymInt) else size  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -61,11 +131,6 @@ def _evaluating(layer: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _fake_mode(values: Any) -> FakeTensorMode | None:

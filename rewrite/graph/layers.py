@@ -31,7 +31,7 @@ class ScaledDotProductAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self.dropout_p if self.dropout_p and self.training else 0.0
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
         )

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from rewrite.errors import RewriteError
 
 from .codegen import compile_graph, copy_graph
+from .fakes import Fakes
 from .interface import Interface, make_forward
 from .nodes import attribute
 
@@ -32,12 +33,13 @@ class LayerGraph(nn.Module):
     """A model as one ``torch.fx`` graph over ``torch.nn`` layers at the paths they have in the user's model.
 
     It is called, trained, moved and cast as the model is. Each instance has a class of its own, so that ``forward`` can
-    carry the model's signature.
+    carry the model's signature. What is known of its shapes is shared by its copies.
     """
 
     graph: Graph
     interface: Interface
     code: str
+    shapes: Fakes
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LayerGraph:
         own = type("LayerGraph", (LayerGraph,), {"__module__": cls.__module__})
@@ -48,6 +50,7 @@ class LayerGraph(nn.Module):
         self.adopt(root)
         self.__dict__["graph"] = graph
         self.__dict__["interface"] = interface
+        self.__dict__["shapes"] = Fakes()
         self.recompile()
 
     def adopt(self, root: nn.Module) -> None:
@@ -71,7 +74,7 @@ class LayerGraph(nn.Module):
         memo[id(self)] = made
         nn.Module.__init__(made)
         made.adopt(root)
-        made.__dict__.update(graph=copy_graph(self.graph), interface=self.interface, code=self.code)
+        made.__dict__.update(graph=copy_graph(self.graph), interface=self.interface, code=self.code, shapes=self.shapes)
         type(made).forward = type(self).forward  # the same graph under the same names: the same code
         return made
 

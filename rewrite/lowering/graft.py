@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.errors import RewriteError
+from rewrite.graph import meta
 from rewrite.graph.nodes import attribute, module_key, module_stack
 from rewrite.graph.program import LayerGraph, Program
-from rewrite.numerics.compare import TOLERANCE, Difference, Mode, clone, difference, run
+from rewrite.graph.tree import Places, on_meta, tied
+from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, clone, difference, run
 
 ROUNDING = 1e-5
 """The largest relative error between two float32 runs of the same operators."""
@@ -26,7 +29,7 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     """A copy of ``model`` with the layers that the program's history replaced, and the program's parameters.
 
     ``model`` is any instance of the captured class with the captured parameter shapes. Unless ``verify`` is False, the
-    copy is compared with the program on its example inputs, in both modes, in exact arithmetic.
+    copy is compared with the program on its example inputs, in both modes: bit for bit, or else in exact arithmetic.
 
     A module that calls children of its own after the replaced layer (a norm with a built-in activation) becomes an
     nn.Sequential of the new layer, ``layer``, and those children.
@@ -37,12 +40,14 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     """
     _check_class(program, model)
     _check_shapes(program, model)
-    tails = {path: _tail(program, model, path) for path in _edited_paths(program)}
+    calls = _Calls.of(program)
+    tails = {path: _tail(calls, model, path) for path in _edited_paths(program)}
     made = clone(model)
     _load(made, program, set(tails))
     layers = copy.deepcopy({path: program.module.get_submodule(path) for path in tails}, _own_tensors(program, made))
+    places = Places(made)
     for path, layer in layers.items():
-        _set(made, path, _followed(layer, tails[path]))
+        _set(places, made, path, _followed(layer, tails[path]))
     if verify:
         _verify(program, made)
     return made
@@ -82,7 +87,42 @@ def _edited_paths(program: Program) -> Iterator[str]:
             yield site.path
 
 
-def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class _Calls:
+    """The layer calls of a program by path, and all nodes of each module call by its key."""
+
+    by_path: Mapping[str, Sequence[Node]]
+    by_key: Mapping[str, Sequence[Node]]
+
+    @classmethod
+    def of(cls, program: Program) -> _Calls:
+        by_path: dict[str, list[Node]] = {}
+        by_key: dict[str, list[Node]] = {}
+        for node in program.graph.nodes:
+            if node.op == "call_module":
+                by_path.setdefault(str(node.target), []).append(node)
+            for key, _, _ in module_stack(node):
+                by_key.setdefault(key, []).append(node)
+        return cls(by_path, by_key)
+
+    def after(self, call: Node) -> tuple[str, ...] | None:
+        """The names of the children that follow a layer, one on the other, in its module's call; None if there is more.
+
+        A child that is called twice is more: a sequence has one place for it.
+        """
+        path = str(call.target)
+        chain = [call]
+        while len(chain[-1].users) == 1:
+            user = next(iter(chain[-1].users))
+            if user.op != "call_module" or str(user.target).rpartition(".")[0] != path or user.args != (chain[-1],):
+                break
+            chain.append(user)
+        names = tuple(str(n.target).rpartition(".")[2] for n in chain[1:])
+        inside = self.by_key.get(module_key(call), ())
+        return names if set(inside) == set(chain) and len(set(names)) == len(names) else None
+
+
+def _tail(calls: _Calls, model: nn.Module, path: str) -> tuple[str, ...]:
     """The children that the module at ``path`` calls after the layer, as a norm with a built-in activation does.
 
     Raises RewriteError if the path is no module of the model's, or if the module does anything else.
@@ -96,8 +136,7 @@ def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
                 "cannot hold that; edit all its calls, or save the program as .pt2"
             )
         raise RewriteError(f"{path} is no module of your model but a call inside its code: save the program as .pt2")
-    calls = [n for n in program.graph.nodes if n.op == "call_module" and n.target == path]
-    tails = {() if n.meta.get("whole") else _children_after(n) for n in calls}
+    tails = {() if meta.WHOLE.of(n) else calls.after(n) for n in calls.by_path.get(path, ())}
     tail = tails.pop() if len(tails) == 1 else None
     if tail is None or (tail and len(inspect.signature(module.forward).parameters) != 1):
         raise RewriteError(
@@ -105,23 +144,6 @@ def _tail(program: Program, model: nn.Module, path: str) -> tuple[str, ...]:
             "save the program as .pt2"
         )
     return tail
-
-
-def _children_after(call: Node) -> tuple[str, ...] | None:
-    """The names of the children that follow a layer, one on the other, in its module's call; None if there is more.
-
-    A child that is called twice is more: a sequence has one place for it.
-    """
-    key, path = module_key(call), str(call.target)
-    chain = [call]
-    while len(chain[-1].users) == 1:
-        user = next(iter(chain[-1].users))
-        if user.op != "call_module" or str(user.target).rpartition(".")[0] != path or user.args != (chain[-1],):
-            break
-        chain.append(user)
-    inside = [n for n in call.graph.nodes if any(key == k for k, _, _ in module_stack(n))]
-    names = tuple(str(n.target).rpartition(".")[2] for n in chain[1:])
-    return names if set(inside) == set(chain) and len(set(names)) == len(names) else None
 
 
 def _followed(layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:
@@ -139,7 +161,8 @@ def _load(made: nn.Module, program: Program, edited: set[str]) -> None:
     ours = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
     with torch.no_grad():
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-            swapped = any(name.startswith(path + ".") for path in edited)
+            parts = name.split(".")
+            swapped = any(".".join(parts[:i]) in edited for i in range(1, len(parts)))
             value = ours.get(name)
             if not swapped and value is not None and value.shape == tensor.shape and not value.is_meta:
                 tensor.copy_(value)
@@ -148,60 +171,70 @@ def _load(made: nn.Module, program: Program, edited: set[str]) -> None:
 def _own_tensors(program: Program, made: nn.Module) -> dict[int, Any]:
     """For deepcopy: the program's tensors that the copy has too, so that ties between old and new layers stay."""
     theirs = dict(made.named_parameters(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    for name, parameter in program.module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
     kept: dict[int, Any] = {}
-    for key, group in names.items():
+    for group in tied(program.module):
         shared = [theirs[n] for n in group if n in theirs]
-        if len(group) > 1 and len({id(t) for t in shared}) == 1:
-            kept[key] = shared[0]
+        if len({id(t) for t in shared}) == 1:
+            kept[id(program.module.get_parameter(group[0]))] = shared[0]
     return kept
 
 
-def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
+def _set(places: Places, model: nn.Module, path: str, layer: nn.Module) -> None:
     """Put a layer at a path, and wherever else the module there is held; plain attributes are carried over."""
+    parent, _, name = path.rpartition(".")
     old = model.get_submodule(path)
-    for name, value in vars(old).items():
-        if isinstance(value, _PLAIN) and not hasattr(layer, name):
-            setattr(layer, name, value)
+    for attribute_name, value in vars(old).items():
+        if isinstance(value, _PLAIN) and not hasattr(layer, attribute_name):
+            setattr(layer, attribute_name, value)
     layer.train(old.training)
-    for holder in list(model.modules()):
-        for name, child in list(holder._modules.items()):
-            if child is old:
-                holder._modules[name] = layer
+    places.put(model.get_submodule(parent), name, layer)
 
 
 def _verify(program: Program, made: nn.Module) -> None:
-    tensors = [*made.parameters(), *made.buffers()]
-    if any(t.is_meta for t in tensors):
+    if on_meta(made):
         return
     untrained = any(part.kind == "training mode" for part in program.opaque)
     modes: tuple[Mode, ...] = ("eval",) if untrained else ("eval", "train")
     args, kwargs = program.example_args, dict(program.example_kwargs)
     if "use_cache" in program.module.interface.signature.parameters:
         kwargs.setdefault("use_cache", False)
+    comparison = _Comparison(program, made, args, kwargs)
     for mode in modes:
-        gap, tolerance = _gap(program, made, args, kwargs, mode)
+        gap, tolerance = comparison.gap(mode)
         if gap.largest > tolerance:
             raise RewriteError(
                 f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
                 f"gradients {gap.gradients:.1e} at {gap.worst_gradient or 'none'}, buffers "
                 f"{gap.buffers:.1e}) {gap.problem}: save the program as .pt2"
             )
+        if not gap.modal:  # nothing that ran asked for the mode
+            return
 
 
-def _gap(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode) -> tuple[Difference, float]:
-    """The difference and what it may be: in exact arithmetic, or in the own dtype where the model's code cannot run
-    in float64 (a float64 limit in a float32 mask overflows, say)."""
-    try:
-        return _compared(program, made, args, kwargs, mode, exact=True), TOLERANCE
-    except RuntimeError:
-        return _compared(program, made, args, kwargs, mode, exact=False), ROUNDING
+@dataclass
+class _Comparison:
+    """A program and the grafted model, run side by side; a program that does not ask for its mode is run in one."""
 
+    program: Program
+    made: nn.Module
+    args: Any
+    kwargs: Any
+    runs: dict[bool, Run] = field(default_factory=dict)
 
-def _compared(program: Program, made: nn.Module, args: Any, kwargs: Any, mode: Mode, *, exact: bool) -> Difference:
-    return difference(
-        run(program.module, args, kwargs, mode, exact=exact, by_layer=False),
-        run(made, args, kwargs, mode, exact=exact, by_layer=False),
-    )
+    def gap(self, mode: Mode) -> tuple[Difference, float]:
+        """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
+        own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
+        own = self._difference(mode, exact=False)
+        if own.largest == 0:
+            return own, 0.0
+        try:
+            return self._difference(mode, exact=True), TOLERANCE
+        except RuntimeError:
+            return own, ROUNDING
+
+    def _difference(self, mode: Mode, *, exact: bool) -> Difference:
+        ours = self.runs.get(exact)
+        if ours is None or ours.modal:
+            ours = run(self.program.module, self.args, self.kwargs, mode, exact=exact, by_layer=False)
+            self.runs[exact] = ours
+        return difference(ours, run(self.made, self.args, self.kwargs, mode, exact=exact, by_layer=False))

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
 from rewrite.graph.program import LayerGraph, Program
+from rewrite.graph.tree import on_meta
 from rewrite.torch_private import pytree
 
 from .exact import ExactArithmetic
+from .guard import ReadOnly, WrittenInPlaceError, sharing
+from .modes import mode_readers
 from .randomness import seeded
 
+T = TypeVar("T")
 Mode = Literal["eval", "train"]
+MODES: tuple[Mode, ...] = ("eval", "train")
 TOLERANCE = 1e-10
 """The largest relative error, in exact arithmetic, of what is called the same."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One forward and backward pass: outputs, gradients by parameter name, buffers afterwards."""
+    """One forward and backward pass: outputs, gradients by parameter name, buffers afterwards.
+
+    ``modal`` is whether anything that ran asked for its mode; where nothing did, the other mode gives the same run.
+    """
 
     outputs: tuple[torch.Tensor, ...]
     gradients: Mapping[str, torch.Tensor | None]
     buffers: Mapping[str, torch.Tensor]
+    modal: bool = True
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two runs are apart: relative errors of outputs, gradients and buffers, and where the worst is."""
+    """How far two runs are apart: relative errors of outputs, gradients and buffers, and where the worst is.
+
+    ``modal`` is whether either run depends on its mode.
+    """
 
     outputs: float
     gradients: float
@@ -43,6 +55,7 @@ class Difference:
     worst_gradient: str = ""
     problem: str = ""
     note: str = ""
+    modal: bool = True
 
     @property
     def largest(self) -> float:
@@ -99,13 +112,16 @@ def verify(
     """
     args, kwargs = _inputs(a, b, args, kwargs)
     first, second = _module(a), _module(b)
-    if any(t.is_meta for m in (first, second) for t in [*m.parameters(), *m.buffers()]):
+    if on_meta(first, second):
         raise RewriteError("nothing can be verified on the meta device: move the model to a real one")
     by_layer = isinstance(first, LayerGraph) and isinstance(second, LayerGraph)
     exact: dict[str, Difference] = {}
     native: dict[str, Difference] = {}
-    for mode in ("eval", "train"):
-        for table, is_exact in ((exact, True), (native, False)):
+    for table, is_exact in ((exact, True), (native, False)):
+        for mode in MODES:
+            if mode == "train" and not table["eval"].modal:
+                table[mode] = table["eval"]
+                continue
             left = run(first, args, kwargs, mode, exact=is_exact, seed=seed, by_layer=by_layer)
             right = run(second, args, kwargs, mode, exact=is_exact, seed=seed, by_layer=by_layer)
             table[mode] = difference(left, right)
@@ -141,27 +157,53 @@ def run(
     """One forward and backward pass on a copy of ``module``, seeded; in float64 throughout where ``exact``.
 
     The random layers of a layer graph are seeded each by itself where ``by_layer``; otherwise, and in any other module,
-    the order of draws counts.
+    the order of draws counts. The copy shares the memory of the parameters, unless the module writes into them.
     """
-    copied = clone(module).train(mode == "train")
+    how = _How(mode, exact, seed, gradients, by_layer)
+    return on_copy(module, lambda copied: _run(copied, args, kwargs, how))
+
+
+def on_copy(module: nn.Module, action: Callable[[nn.Module], T]) -> T:
+    """The result of ``action`` on a copy that shares the memory of the parameters; on a full one if it writes there."""
+    try:
+        copied = clone(module, sharing(module))
+        with ReadOnly(module.parameters()):
+            return action(copied)
+    except WrittenInPlaceError:
+        return action(clone(module))
+
+
+@dataclass(frozen=True)
+class _How:
+    """How to run a module; the fields are the arguments of ``run``."""
+
+    mode: Mode
+    exact: bool
+    seed: int
+    gradients: bool
+    by_layer: bool
+
+
+def _run(copied: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], how: _How) -> Run:
+    copied.train(how.mode == "train")
     args, kwargs = copy.deepcopy((tuple(args), dict(kwargs)))
-    if exact:
+    if how.exact:
         copied = copied.double()
         args, kwargs = pytree.tree_map(_double, (args, kwargs))
-    draws = seeded(copied, seed) if by_layer and isinstance(copied, LayerGraph) else _seeded_globally(seed)
-    with draws, ExactArithmetic() if exact else nullcontext():
+    draws = seeded(copied, how.seed) if how.by_layer and isinstance(copied, LayerGraph) else _seeded_globally(how.seed)
+    with draws, ExactArithmetic() if how.exact else nullcontext(), mode_readers() as readers:
         outputs = tuple(tensors(copied(*args, **kwargs)))
-        found = _gradients(copied, outputs, seed) if gradients else {}
-    return Run(tuple(o.detach() for o in outputs), found, dict(copied.named_buffers()))
+        found = _gradients(copied, outputs, how.seed) if how.gradients else {}
+    return Run(tuple(o.detach() for o in outputs), found, dict(copied.named_buffers()), bool(readers))
 
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def clone(module: nn.Module) -> nn.Module:
+def clone(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy that also takes modules whose attributes are results of a computation (weight norm by hooks)."""
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     for part in module.modules():
         for value in vars(part).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
@@ -209,7 +251,11 @@ def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference
         relative_error(t, b.buffers[n]) for n, t in a.buffers.items() if n in b.buffers and b.buffers[n].shape == t.shape
     ]
     return Difference(
-        max(map(relative_error, a.outputs, b.outputs), default=0.0), errors.get(worst, 0.0), max(buffers, default=0.0), worst
+        max(map(relative_error, a.outputs, b.outputs), default=0.0),
+        errors.get(worst, 0.0),
+        max(buffers, default=0.0),
+        worst,
+        modal=a.modal or b.modal,
     )
 
 
@@ -224,7 +270,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """max|a - b| / max|a|; infinities and NaNs must stand at the same places."""
     if a.shape != b.shape:
         return float("inf")
-    if a.numel() == 0:
+    if a.numel() == 0 or (a.dtype is b.dtype and torch.equal(a, b)):
         return 0.0
     if not a.is_floating_point() and not a.is_complex():
         return 0.0 if torch.equal(a, b) else float("inf")
@@ -246,15 +292,22 @@ def _infinities(value: torch.Tensor) -> torch.Tensor:
     return torch.where(value.isinf(), value.sign(), 2 * value.isnan())
 
 
-_MODES: tuple[Mode, ...] = ("eval", "train")
-
-
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values (NaN equals NaN); on the meta device, the same shape."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+    """Whether two tensors hold the same bits; on the meta device, the same shape."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
         return False
-    return (
-        a.is_meta
-        or torch.equal(a, b)
-        or bool(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
-    )
+    if a.is_meta or (a.layout is torch.strided and a.data_ptr() == b.data_ptr() and a.stride() == b.stride()):
+        return True
+    if a.layout is not torch.strided or a.is_quantized:
+        return torch.equal(a, b)
+    return torch.equal(_bits(a), _bits(b))
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""An integer type of each size: integers compare bit by bit, where -0.0 would be 0.0 and a NaN nothing."""
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    return plain.view(_BITS[plain.element_size()])

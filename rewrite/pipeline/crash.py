@@ -15,6 +15,7 @@ from rewrite.graph.history import Verification
 from rewrite.graph.program import Program
 
 from .pass_ import Pass
+from .settings import Settings
 
 
 class VerificationError(RewriteError):
@@ -24,11 +25,11 @@ class VerificationError(RewriteError):
 
     @classmethod
     def of(
-        cls, before: Program, after: Program, step: Pass, verification: Verification, seed: int, folder: Path
+        cls, before: Program, after: Program, step: Pass, verification: Verification, settings: Settings
     ) -> VerificationError:
-        """The error for a failed verification, with its crash bundle written below ``folder``."""
+        """The error for a failed verification, with its crash bundle written below the folder of the settings."""
         worst = verification.failures[0]
-        bundle = write_crash_bundle(before, after, step, verification, seed, folder)
+        bundle = write_crash_bundle(before, after, step, verification, settings.crash_folder)
         where = f"; see {bundle}" if bundle else ""
         made = cls(f"pass {step.text} broke its contract ({step.contract()}): {worst.name}: {worst.detail}{where}")
         made.bundle = bundle
@@ -38,16 +39,14 @@ class VerificationError(RewriteError):
 _bundles = itertools.count()
 
 
-def write_crash_bundle(
-    before: Program, after: Program, step: Pass, verification: Verification, seed: int, folder: Path
-) -> Path | None:
+def write_crash_bundle(before: Program, after: Program, step: Pass, verification: Verification, folder: Path) -> Path | None:
     """Write pipeline text, both graphs, the checks, seeds and versions to a new folder; None if it cannot be made."""
     path = folder / f"crash-{step.name}-{time.strftime('%Y%m%d-%H%M%S')}-{next(_bundles)}"
     history = ",".join([*(r.text for r in before.history), step.text])
     facts = {
         "pipeline": history,
         "pass": step.text,
-        "seed": seed,
+        "seed": verification.seed,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "model": before.origin.model_class,

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph
 
 from rewrite.frontend.capture import capture
 from rewrite.graph.edit import Change, Editor
 from rewrite.graph.history import Record, Site, Verification
-from rewrite.graph.program import Program
-from rewrite.numerics.compare import same_bytes
-from rewrite.proof.prove import prove
+from rewrite.graph.program import Program, tensors_of
+from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError
+from rewrite.numerics.probes import light_copy
+from rewrite.proof.frame import differs
+from rewrite.proof.prove import Claim, prove
 from rewrite.torch_private import pytree
 
 from .context import Context
 from .crash import VerificationError
 from .pass_ import Pass
 from .registry import as_passes
+from .settings import Listener, Settings
 
 PassSpec = str | Pass | Sequence[str | Pass]
-
-
-class Listener(Protocol):
-    """Told about each step of a pipeline as it begins: for progress displays."""
-
-    def __call__(self, step: str) -> None: ...
 
 
 def apply(
@@ -63,36 +61,27 @@ def apply(
     else:
         listener(f"capturing {type(model).__name__}")
         program = capture(model, tuple(args or ()), kwargs)
+    settings = Settings(seed, verify, share, data, crash_folder or Path.cwd(), listener)
     for step in chain:
         listener(f"running {step.text}")
-        program = run_pass(
-            program, step, seed=seed, share=share, data=data, verify=verify, listener=listener, crash_folder=crash_folder
-        )
+        program = run_pass(program, step, settings)
     return program if chain else program.clone(share=share)
 
 
-def run_pass(
-    program: Program,
-    step: Pass,
-    *,
-    seed: int = 0,
-    share: bool = False,
-    data: Any = None,
-    verify: bool = True,
-    crash_folder: Path | None = None,
-    listener: Listener = lambda step: None,
-) -> Program:
+def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
     """One pass over a copy of ``program``, recorded and, if asked, verified."""
     began = time.perf_counter()
-    result, context = rewritten(program, step, seed=seed, share=share, data=data)
+    result = program.clone(share=settings.share)
+    with ReadOnly(tensors_of(program.module)) if settings.share else nullcontext():
+        context = edited(result, step, settings)
     seconds = time.perf_counter() - began
-    changed = _differs(program, result)
-    if not changed:
+    if not differs(program, result):
         context.edit.changes.clear()
     verification: Verification | None = None
-    if verify:
-        listener(f"verifying {step.text}")
-        verification = prove(program, result, context.edit.changes, step, seed, data=data, rerun=rewritten, changed=changed)
+    if settings.verify:
+        settings.listener(f"verifying {step.text}")
+        rerun = functools.partial(rewritten, step=step, settings=settings)
+        verification = prove(Claim(program, result, context.edit.changes, step, settings.seed, rerun))
     record = Record(
         step.name,
         step.text,
@@ -104,22 +93,32 @@ def run_pass(
         str(step.contract()),
         (_count(program), _count(result)),
         verification,
-        digest(data),
+        digest(settings.data),
     )
     result = replace(result, history=(*program.history, record))
     if verification is not None and not verification.passed:
-        raise VerificationError.of(program, result, step, verification, seed, crash_folder or Path.cwd())
+        raise VerificationError.of(program, result, step, verification, settings)
     return result
 
 
-def rewritten(program: Program, step: Pass, *, seed: int, share: bool = False, data: Any = None) -> tuple[Program, Context]:
-    """A copy of ``program`` after a pass, and the context that the pass left."""
-    result = program.clone(share=share)
-    context = Context(Editor(result, step.text), seed, data)
-    step.run(result, context)
-    result.graph.lint()
-    result.module.recompile()
-    return result, context
+def edited(program: Program, step: Pass, settings: Settings) -> Context:
+    """Run a pass on ``program`` itself; the context that the pass left."""
+    context = Context(Editor(program, step.text), settings.seed, settings.data)
+    step.run(program, context)
+    program.graph.lint()
+    program.module.recompile()
+    return context
+
+
+def rewritten(program: Program, *, step: Pass, settings: Settings) -> tuple[Program, Sequence[Change]]:
+    """A copy of ``program`` after a pass, and the edits; it shares the memory that the pass does not write into."""
+    try:
+        with ReadOnly(program.module.parameters()):
+            result = light_copy(program)
+            return result, edited(result, step, settings).edit.changes
+    except WrittenInPlaceError:
+        result = program.clone()
+        return result, edited(result, step, settings).edit.changes
 
 
 def digest(data: Any) -> str | None:
@@ -143,21 +142,3 @@ def _sites(changes: Sequence[Change]) -> tuple[Site, ...]:
 
 def _count(program: Program) -> int:
     return sum(p.numel() for p in program.module.parameters())
-
-
-def _differs(a: Program, b: Program) -> bool:
-    """Whether a pass changed anything: the graph, a layer, a tensor."""
-    return _outline(a.graph) != _outline(b.graph) or _layers(a) != _layers(b) or not _same_tensors(a, b)
-
-
-def _outline(graph: Graph) -> list[Any]:
-    return [(n.op, n.name, str(n.target), repr(n.args), repr(n.kwargs)) for n in graph.nodes]
-
-
-def _layers(program: Program) -> dict[str, str]:
-    return {path: f"{type(m).__name__} {m.extra_repr()}" for path, m in program.module.named_modules()}
-
-
-def _same_tensors(a: Program, b: Program) -> bool:
-    left, right = a.module.state_dict(), b.module.state_dict()
-    return list(left) == list(right) and all(same_bytes(left[k], right[k]) for k in left)

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.edit import Change
-from rewrite.graph.fakes import Fakes, fake_value
+from rewrite.graph.fakes import fake_value
 from rewrite.graph.history import Check
 from rewrite.graph.nodes import tensor_value
 from rewrite.graph.program import Program
+from rewrite.graph.tree import names_of_modules, names_of_tensors, tied
 from rewrite.numerics.compare import same_bytes
 from rewrite.torch_private import pytree
 
@@ -26,14 +26,14 @@ def structure(before: Program, after: Program, changes: Sequence[Change]) -> Ite
     yield Check("outputs", old == new, "shapes and dtypes" if old == new else f"{new} instead of {old}")
     same = before.module.interface.signature == after.module.interface.signature
     yield Check("signature", same)
-    yield _ties(before, after, changes)
+    yield _ties(before, after)
     yield _state(before, after, changes)
 
 
 def _check_values(program: Program) -> Check:
     """Propagate FakeTensors anew and compare with the values that the nodes carry."""
     values: dict[Node, Any] = {}
-    known: Fakes = {}
+    known = program.module.shapes
     for node in program.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             values[node] = node.meta.get("val")
@@ -66,15 +66,9 @@ def _output_values(program: Program) -> list[str]:
 
 def _edited_paths(program: Program, changes: Sequence[Change]) -> set[str]:
     """The paths that edits name, and every other name of the modules and tensors there."""
-    module = program.module
-    named = [
-        *module.named_modules(remove_duplicate=False),
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
     paths = {c.path for c in changes if c.path}
-    touched = {id(thing) for name, thing in named if name in paths}
-    return paths | {name for name, thing in named if id(thing) in touched}
+    names = (*names_of_modules(program.module).values(), *names_of_tensors(program.module).values())
+    return paths.union(*(group for group in names if not paths.isdisjoint(group)))
 
 
 def _edited(name: str, paths: set[str]) -> bool:
@@ -83,17 +77,13 @@ def _edited(name: str, paths: set[str]) -> bool:
     return any(".".join(parts[:i]) in paths for i in range(1, len(parts) + 1))
 
 
-def _ties(before: Program, after: Program, changes: Sequence[Change]) -> Check:
-    paths = _edited_paths(after, changes)
-    lost = [group for group in _tied(before.module) - _tied(after.module) if not any(_edited(name, paths) for name in group)]
-    return Check("tied weights", not lost, "" if not lost else f"{sorted(lost[0])} are no longer one tensor")
-
-
-def _tied(module: nn.Module) -> set[frozenset[str]]:
-    names: dict[int, set[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}
+def _ties(before: Program, after: Program) -> Check:
+    """Names of one parameter stay names of one parameter, as far as they are still there; no edit excuses another."""
+    number = {name: key for key, names in names_of_tensors(after.module).items() for name in names}
+    for group in tied(before.module):
+        if len({number[name] for name in group if name in number}) > 1:
+            return Check("tied weights", False, f"{sorted(group)} are no longer one tensor")
+    return Check("tied weights", True)
 
 
 def _state(before: Program, after: Program, changes: Sequence[Change]) -> Check:

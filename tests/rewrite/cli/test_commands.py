@@ -183,7 +183,7 @@ def test_apply_prints_what_happened(model: Path) -> None:
     assert "forward new, backward new" in rows["promises"]
     assert "1 replace layer: LayerNorm -> DynamicTanh" in rows["changed"]
     assert "1 not selected by where=1" in rows["left"]
-    for check in ("graph", "signature", "kept", "undo eval", "undo train", "formula"):
+    for check in ("graph", "signature", "kept", "frame", "formula"):
         assert check in text[text.index("proven") : text.index("output error")]
     assert "252 -> 253 (+1)" in rows["parameters"]
     assert "verified in" in rows["seconds"]

@@ -1,0 +1,30 @@
+"""How passes are run: what holds for all passes of one ``apply``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Listener(Protocol):
+    """Told about each step of a pipeline as it begins: for progress displays."""
+
+    def __call__(self, step: str) -> None: ...
+
+
+def _nobody(step: str) -> None:
+    """No display."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run passes: the seed of all draws, whether to verify, whether to share unchanged tensors with the input, the
+    data for passes that take some, where a crash bundle goes, who is told of progress."""
+
+    seed: int = 0
+    verify: bool = True
+    share: bool = False
+    data: Any = None
+    crash_folder: Path = field(default_factory=Path.cwd)
+    listener: Listener = _nobody
