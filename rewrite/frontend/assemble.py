@@ -62,7 +62,7 @@ def finish(graph: Graph, skeleton: Skeleton, model: nn.Module, train: Trace) -> 
     skeleton.index(graph)
     group_contexts(graph, skeleton.place)
     raise_composites(graph, skeleton)
-    lift_layers(graph, skeleton, model, train.functions)
+    lift_layers(graph, skeleton, model)
     follow_devices(graph)
     drop_dead(graph)
     _adopt_constants(graph, skeleton, train.graph_module)
@@ -76,7 +76,9 @@ def _adopt_constants(graph: Graph, skeleton: Skeleton, module: GraphModule) -> N
     for node in list(graph.nodes):
         if node.op != "get_attr" or attribute(skeleton.root, str(node.target)) is not None:
             continue
-        value = attribute(module, str(node.target))
+        value = node.meta.pop("constant", None)
+        if value is None:
+            value = attribute(module, str(node.target))
         if isinstance(value, nn.Module):
             skeleton.root.add_module(str(node.target), value)
         elif isinstance(value, torch.Tensor):

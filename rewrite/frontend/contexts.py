@@ -10,7 +10,10 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.graph.carve import carve, free_inputs, replace_with_call, used_outside
+from rewrite.graph.layers import AutogradFunction
 from rewrite.graph.regions import Region
+
+from .functions import call_layer
 
 
 def context_blocks(graph: Graph, depth: int) -> Iterator[tuple[ContextUse, list[Node]]]:
@@ -57,8 +60,10 @@ def grouped(body: Graph, layers: dict[str, nn.Module], depth: int) -> Graph:
         return key
 
     group_contexts(body, place, depth)
-    for node in body.nodes:
+    for node in list(body.nodes):
         node.meta.pop("contexts", None)
+        if "call" in node.meta:
+            call_layer(body, node, place([node], node.meta["call"].function.__name__, AutogradFunction(node.meta["call"])))
     return body
 
 

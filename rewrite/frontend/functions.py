@@ -7,6 +7,7 @@ lifting turns the node into an ``AutogradFunction`` layer that calls the user's 
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointFunction
 
 from rewrite.graph.layers import FunctionCall
@@ -101,3 +103,27 @@ def recorded_functions(notes: list[str]) -> Iterator[list[FunctionCall]]:
             yield calls
     finally:
         _calls.reset(token)
+
+
+def attach_calls(module: GraphModule, calls: list[FunctionCall]) -> None:
+    """Give each node of a trace that stands for a custom autograd function the call that it is, ``meta["call"]``.
+
+    Its serial number becomes one that follows from the function, so that two traces of one model can be compared.
+    """
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    for node in (n for graph in graphs for n in graph.nodes):
+        if node.target is torch.ops.rewrite.autograd_function.default:
+            tensors, index = node.args
+            assert isinstance(index, int)
+            call = node.meta["call"] = calls[index]
+            node.args = (tensors, zlib.crc32(f"{call.function.__module__}.{call.function.__qualname__}".encode()))
+
+
+def call_layer(graph: Graph, node: Node, path: str) -> None:
+    """Let a call of the layer at ``path`` stand where ``node`` stands for a custom autograd function."""
+    tensors: Any = node.args[0]
+    with graph.inserting_before(node):
+        made = graph.call_module(path, tuple(tensors))
+    made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)

@@ -16,11 +16,12 @@ from rewrite.graph.layers import AutogradFunction, FunctionCall
 from rewrite.graph.nodes import attribute, call_arguments, module_path, overload, packet
 from rewrite.torch_private import _BatchNorm
 
+from .functions import call_layer
 from .lift_rules import RULES, Lifted, modal
 from .skeleton import Skeleton
 
 
-def lift_layers(graph: Graph, skeleton: Skeleton, model: nn.Module, functions: list[FunctionCall]) -> None:
+def lift_layers(graph: Graph, skeleton: Skeleton, model: nn.Module) -> None:
     """Replace operator calls by layers, in place; layers land in ``skeleton``."""
     owners = _Owners(model)
     skeleton.index(graph)
@@ -29,7 +30,7 @@ def lift_layers(graph: Graph, skeleton: Skeleton, model: nn.Module, functions: l
         if found is None:
             continue
         if found is torch.ops.rewrite.autograd_function.default:
-            _lift_function(graph, node, skeleton, functions)
+            _lift_function(graph, node, skeleton)
             continue
         for rule in (RULES.get(packet(node), modal), modal):
             lifted = rule(node, call_arguments(node))
@@ -140,15 +141,8 @@ def _layer_name(node: Node) -> str:
     return {"scaled_dot_product_attention": "attention", "type": "type_op"}.get(name, name)
 
 
-def _lift_function(graph: Graph, node: Node, skeleton: Skeleton, functions: list[FunctionCall]) -> None:
-    tensors, index = node.args
-    assert isinstance(tensors, list | tuple)
-    assert isinstance(index, int)
-    call = functions[index]
+def _lift_function(graph: Graph, node: Node, skeleton: Skeleton) -> None:
+    call: FunctionCall = node.meta["call"]
     path, _ = skeleton.path_for([node], call.function.__name__)
     skeleton.put(path, AutogradFunction(call))
-    with graph.inserting_before(node):
-        made = graph.call_module(path, tuple(tensors))
-    made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
+    call_layer(graph, node, path)

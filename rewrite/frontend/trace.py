@@ -19,12 +19,13 @@ from torch.fx import GraphModule
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, dynamic_choices, quiet
-from rewrite.graph.layers import FunctionCall
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
 from .as_eager import SizeDecisions, View, seen_as
+from .constants import name_constants
+from .draws import foreign_draws
 from .dropouts import DropoutsApart
-from .functions import recorded_functions
+from .functions import attach_calls, recorded_functions
 
 _PLAIN = (
     torch.Tensor,
@@ -45,10 +46,9 @@ _PLAIN = (
 
 @dataclass
 class Trace:
-    """What one export gave: the graph, the calls of custom autograd functions, output fields that were dropped."""
+    """What one export gave: the graph, output fields that were dropped, notes, and conditions on sizes."""
 
     graph_module: GraphModule
-    functions: list[FunctionCall] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
@@ -128,7 +128,8 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
 
     Raises RewriteError with torch.export's reason when no attempt succeeds.
     """
-    model.train(training)
+    model.train(not training)
+    model.train(training)  # as when a user changes the mode: what was cached for one mode is dropped there
     dropped: list[str] = []
     notes: list[str] = []
     _screen_outputs(model, dropped)
@@ -136,15 +137,17 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
     for dynamic, view in _attempts(inputs):
         dropped.clear()
         try:
-            with quiet(), keyword_safe(), seen_as(view), recorded_functions(notes) as functions:
+            with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), recorded_functions(notes) as functions:
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)
+            name_constants(graph_module, model)
+            attach_calls(graph_module, functions)
         except Exception as error:
             errors.append(error)
             continue
         if len(errors) > 2:
             notes.append(f"dynamic sizes reduced: {named_line(errors[2])}")
-        return Trace(graph_module, functions, dropped, notes, guards_code(exported))
+        return Trace(graph_module, dropped, notes, guards_code(exported))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {named_line(errors[-1])}") from errors[-1]
 
 
