@@ -70,7 +70,10 @@ def check_untouched(trial: Trial) -> str:
     examples = [t.clone() for t in _examples(before)]
     lines, given = graph_lines(before), digest(data)
     for share in (False, True):
-        trial.run(before, share=share)
+        try:
+            trial.run(before, check="untouched", share=share)
+        except RewriteError as error:
+            raise fail("untouched", str(error)) from error
     kept = {
         "a tensor of the model": all(map(untouched, modules, tensors)),
         "a module of the model": outlines == [outline(m) for m in modules],
