@@ -5,8 +5,6 @@ Everything that costs time is imported inside the commands, so that `rewrite --h
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +16,8 @@ from typer.core import TyperGroup
 from rewrite import __version__
 from rewrite.errors import RewriteError
 
+from .ending import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,34 +27,53 @@ if TYPE_CHECKING:
 MODEL_HELP = "A .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory."
 
 
+FULL = "--traceback"
+
+
 class Commands(TyperGroup):
-    """Prints what the user can mend as one line, and exits 2."""
+    """Ends every run that goes wrong with one line and an exit code; takes `--traceback` wherever it stands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[FULL] = FULL in args
+        if not args:
+            return super().parse_args(ctx, args)  # shows the help
+        with one_line(full=ctx.meta[FULL]):
+            return super().parse_args(ctx, [word for word in args if word != FULL])
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with one_line(full=ctx.meta[FULL]):
             return super().invoke(ctx)
-        except RewriteError as error:
-            typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-            typer.echo(str(error), err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted: nothing is written", err=True)
-            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # it costs more than everything else that --help imports
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _complete_pass(incomplete: str) -> list[str]:
+    """The names of passes that begin so: for the shell, which asks at each tab."""
+    from rewrite.pipeline.registry import pass_names
+
+    try:
+        return [name for name in pass_names() if name.startswith(incomplete)]
+    except RewriteError:
+        return []
+
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Passes = Annotated[
     list[str] | None,
     typer.Option(
-        "--pass", "-p", metavar="TEXT", show_default=False, help="A pass, such as dyt{alpha=0.8}; repeat for several."
+        "--pass",
+        "-p",
+        metavar="TEXT",
+        show_default=False,
+        help="A pass, such as dyt{alpha=0.8}; repeat for several.",
+        autocompletion=_complete_pass,
     ),
 ]
 Pipeline = Annotated[
@@ -75,7 +94,7 @@ Data = Annotated[
     Path | None,
     typer.Option(metavar="FILE", show_default=False, help="Samples for passes that ask for data, saved by torch.save."),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seeds inputs, random weights and the proof.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Seeds inputs, random weights and the proof.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not prove what the passes promise.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run whatever code a pickle or folder holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -92,6 +111,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
+    traceback: Annotated[bool, typer.Option(FULL, help="Show where an error comes from; goes with every command.")] = False,
 ) -> None:
     """A compiler for model surgery: named, checked rewrites of PyTorch models."""
 
@@ -122,7 +142,7 @@ def apply(
     no_verify: NoVerify = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Run passes over a model, prove what they promise, and write the result."""
+    """Run passes over a model, prove what they promise, write the result."""
     from .job import Job, Model
 
     texts = _pass_texts(passes or [], pipeline)
@@ -134,12 +154,17 @@ def apply(
 
 @app.command()
 def passes(
-    name: Annotated[str, typer.Argument(help="A pass to tell about.", show_default=False)] = "", as_json: AsJson = False
+    name: Annotated[
+        str, typer.Argument(help="A pass to tell about.", show_default=False, autocompletion=_complete_pass)
+    ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """List the passes, or tell what one does, promises and takes."""
-    from rewrite.pipeline.registry import pass_names
+    import json
 
-    found: Any = _described(name) if name else [_described_or_refused(each) for each in pass_names()]
+    from rewrite.pipeline.registry import description_of, pass_names
+
+    found: Any = description_of(name) if name else [_described_or_refused(each) for each in pass_names()]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -152,7 +177,7 @@ def passes(
 def show(
     model: ModelName, inputs: Inputs = None, weights: Weights = None, seed: Seed = 0, trust_pickle: TrustPickle = False
 ) -> None:
-    """Show what passes see of a model: inputs, layers, norms, and the parts they cannot see into."""
+    """Show what passes see of a model, and what they cannot see into."""
     from .job import Model
     from .render import show_program
 
@@ -176,7 +201,7 @@ def export(
     no_verify: NoVerify = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Write a model for another runtime, after passes if any are given."""
+    """Write a model for another runtime, after passes if given."""
     from .job import Job, Model
 
     if output.suffix not in (".onnx", ".pt2"):
@@ -205,20 +230,11 @@ def _run(job: Job) -> None:
     show_outcome(_console(), outcome)
 
 
-def _described(name: str) -> dict[str, Any]:
-    """All that is told of a pass, in words and as JSON: its documentation, its promises, its options."""
-    from rewrite.pipeline.pass_ import describe
-    from rewrite.pipeline.registry import get_pass
-
-    found = get_pass(name)
-    contract = found().contract()
-    promises = {"forward": contract.forward.value, "backward": contract.backward.value}
-    return {**dataclasses.asdict(describe(found)), "contract": promises}
-
-
 def _described_or_refused(name: str) -> dict[str, Any]:
+    from rewrite.pipeline.registry import description_of
+
     try:
-        return _described(name)
+        return description_of(name)
     except RewriteError as error:  # one broken package must not hide the others' passes
         return {"name": name, "error": str(error)}
 

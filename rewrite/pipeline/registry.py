@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rewrite.errors import OptionError, PipelineError, RewriteError
 from rewrite.plugins import PASSES, find, installed, load, provider, unknown
 
+from .declared import declared
 from .pass_ import Pass, describe
 from .text import Element, parse
 
@@ -37,6 +40,19 @@ def get_pass(name: str) -> type[Pass]:
         raise RewriteError(f"pass '{name}' from {provider(entry_point)} is refused: {reason}")
     pass_class: type[Pass] = found
     return pass_class
+
+
+def description_of(name: str) -> dict[str, Any]:
+    """All that is told of a pass, in words and as JSON: its documentation, its promises, its options.
+
+    Its module is imported only where its source does not tell. Raises `RewriteError` as `get_pass` does.
+    """
+    found = declared(find(PASSES, "pass", name))
+    if found is None or _refusal(name, found):
+        found = get_pass(name)
+    contract = found().contract()
+    promises = {"forward": contract.forward.value, "backward": contract.backward.value}
+    return {**asdict(describe(found)), "contract": promises}
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
