@@ -70,7 +70,8 @@ def _row(pass_class: type[Pass]) -> str:
 
 
 def _option(told: OptionDescription) -> str:
-    return f"| `{told.name}` | {_cell(told.type)} | `{_cell(told.default)}` | {_cell(told.help)} |\n"
+    accepted = f" ({_cell(told.accepts)})" if told.accepts else ""
+    return f"| `{told.name}` | {_cell(told.type)} | `{_cell(told.default)}` | {_cell(told.help)}{accepted} |\n"
 
 
 def _cell(text: str) -> str:

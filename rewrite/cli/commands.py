@@ -207,7 +207,7 @@ def export(
     if output.suffix not in (".onnx", ".pt2"):
         raise RewriteError(f"cannot export to {output}: give an .onnx or .pt2 file; rewrite apply writes the others")
     source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
-    _run(Job(source, _pass_texts(passes or [], pipeline), output, verify=not no_verify))
+    _run(Job(source, _pass_texts(passes or [], pipeline), output, verify=not no_verify, always=True))
 
 
 def _pass_texts(passes: list[str], pipeline: str) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite import __version__
-from rewrite.errors import RewriteError, first_line
+from rewrite.errors import RewriteError, first_line, named_line
 from rewrite.files.staging import Staging
 from rewrite.files.writers import Plan, Written, check_free, plan, write
 from rewrite.pipeline.text import parse
@@ -66,15 +68,23 @@ class Model:
             return load(Path(self.spec)), None
         import torch
 
+        from rewrite.frontend.capturable import check_capturable
         from rewrite.frontend.capture import capture
-        from rewrite.sources.inputs import infer_inputs, parse_inputs
+        from rewrite.sources.inputs import infer_inputs, parse_inputs, unlike
         from rewrite.sources.models import read_model
 
         torch.manual_seed(self.seed)  # what is built here has random weights
         model = read_model(self.spec, weights=self.weights, trust=self.trust).model
-        args, kwargs = parse_inputs(self.inputs, seed=self.seed) if self.inputs else infer_inputs(model, seed=self.seed)
+        check_capturable(model)
+        if self.inputs:
+            args, kwargs = parse_inputs(self.inputs, seed=self.seed, model=model)
+        else:
+            args, kwargs = infer_inputs(model, seed=self.seed)
         listener(f"capturing {type(model).__name__}")
-        return capture(model, args, kwargs), model
+        try:
+            return capture(model, args, kwargs), model
+        except RewriteError as error:
+            raise RewriteError(f"{error}{unlike(model, args, kwargs)}") from error
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ class Job:
     verify: bool = True
     dry_run: bool = False
     report: Path | None = None
+    always: bool = False
+    """Whether the model is written also when no pass changed it: to export it is to ask for the file."""
 
     def run(self, listener: Listener) -> Outcome:
         """Do it all, and tell the listener each step.
@@ -107,10 +119,15 @@ class Job:
         from rewrite.pipeline.run import apply
 
         earlier = len(program.history)
-        result = apply(program, chain, seed=self.model.seed, verify=self.verify, data=data, listener=listener)
+        with _blamed(program):
+            result = apply(program, chain, seed=self.model.seed, verify=self.verify, data=data, listener=listener)
+        changed = self.always or any(record.changes for record in result.history[earlier:])
         with Staging() as reports, Staging(rehearsal=self.dry_run) as staging:
-            listener(f"writing {target.path}")
-            written = write(result, model, target, staging)
+            written = None
+            if changed:
+                listener(f"writing {target.path}")
+                with _blamed(program):
+                    written = write(result, model, target, staging)
             outcome = Outcome(self, program, result, earlier, digest, time.perf_counter() - began, written)
             if self.report is not None:
                 reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
@@ -143,7 +160,10 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did: the program before and after, what was written where, or would be without `--dry-run`."""
+    """What a job did: the program before and after, what was written where, or would be without `--dry-run`.
+
+    ``written`` is None where no pass changed anything, and so there was nothing to write.
+    """
 
     job: Job
     before: Program
@@ -151,7 +171,7 @@ class Outcome:
     earlier: int
     data_sha256: str | None
     seconds: float
-    written: Written
+    written: Written | None
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -183,12 +203,40 @@ class Outcome:
             "capture": capture,
             "earlier": [record.to_json() for record in self.program.history[: self.earlier]],
             "passes": [record.to_json() for record in self.records],
-            "output": None
-            if self.job.dry_run
-            else {"path": str(self.written.path), "kind": self.written.kind, "reason": self.written.reason},
+            "output": None if self.job.dry_run or self.written is None else _output(self.written),
             "seconds": self.seconds,
         }
         return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+
+
+@contextmanager
+def _blamed(program: Program) -> Iterator[None]:
+    """A failure that the model itself has on its example inputs is told as such: neither passes nor engine have a part."""
+    try:
+        yield
+    except RewriteError:
+        raise
+    except Exception:
+        from rewrite.sources.inputs import unlike
+
+        trouble = _trouble(program)
+        if trouble is None:
+            raise
+        hint = unlike(program.module, program.example_args, program.example_kwargs)
+        raise RewriteError(f"the model does not run on its example inputs: {named_line(trouble)}{hint}") from trouble
+
+
+def _trouble(program: Program) -> Exception | None:
+    """What the program raises when it is called with its example inputs, before any pass."""
+    try:
+        program.module(*program.example_args, **program.example_kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def _output(written: Written) -> dict[str, str]:
+    return {"path": str(written.path), "kind": written.kind, "reason": written.reason}
 
 
 def _read_data(path: Path | None) -> tuple[Any, str | None]:

@@ -44,13 +44,21 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         )
     for note in program.origin.notes:
         console.print(Text(f"note: {note}", "yellow"))
+    _show_written(console, outcome)
+    if outcome.job.report is not None:
+        console.print(Text.assemble("report ", (str(outcome.job.report), "bold green")), soft_wrap=True)
+
+
+def _show_written(console: Console, outcome: Outcome) -> None:
     written = outcome.written
+    if written is None:
+        passes = "the pass" if len(outcome.records) == 1 else "the passes"
+        console.print(Text(f"nothing is written: {passes} changed nothing, and the model stays what it was", "yellow"))
+        return
     if written.reason:
         console.print(Text(f"not your own class again: {written.reason}", "yellow"))
     verb = "dry run, would write " if outcome.job.dry_run else "wrote "
     console.print(Text.assemble(verb, (str(written.path), "bold green"), f": {written.kind}"), soft_wrap=True)
-    if outcome.job.report is not None:
-        console.print(Text.assemble("report ", (str(outcome.job.report), "bold green")), soft_wrap=True)
 
 
 def _headline(program: Program, *, captured: bool) -> Text:
@@ -182,7 +190,9 @@ def _options_table(options: Sequence[Mapping[str, Any]]) -> Table:
     for title in ("option", "type", "default", ""):
         table.add_column(title, style="bold" if title == "option" else "")
     for option in options:
-        table.add_row(*(Text(option[key]) for key in ("name", "type", "default", "help")))
+        accepted = f" ({option['accepts']})" if option["accepts"] else ""
+        words = (option["name"], option["type"], option["default"], option["help"] + accepted)
+        table.add_row(*map(Text, words))
     return table
 
 

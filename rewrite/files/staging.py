@@ -13,9 +13,14 @@ from typing import Self
 
 from rewrite.errors import RewriteError
 
+LONGEST = 255
+"""How many bytes the name of a file may have, on every common file system."""
+
 
 def check_place(path: Path) -> None:
     """Raises RewriteError unless ``path`` can be a file in a folder that is there."""
+    if len(os.fsencode(path.name)) > LONGEST:
+        raise RewriteError(f"cannot write {path.name[:40]}...: the name is too long for a file; give a shorter one by -o")
     if path.is_dir():
         raise RewriteError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():

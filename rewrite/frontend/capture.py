@@ -19,6 +19,7 @@ from rewrite.torch_private import pytree
 
 from .align import MODE_ARGUMENTS, Alignment, align
 from .assemble import copy_modes, dimensions, finish, interface_of, opaque_parts, prepared
+from .capturable import check_capturable
 from .literals import drop_idle_casts, follow_dtypes
 from .skeleton import Skeleton
 from .switch import needs_other_graph, switch_modes
@@ -35,6 +36,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         raise RewriteError("this is a program's module already: pass the program itself")
     if not isinstance(model, nn.Module):
         raise RewriteError(f"capture takes an nn.Module, not {type(model).__name__}")
+    check_capturable(model)
     if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
         raise RewriteError("args must be a tuple of example inputs: args=(x,)")
     return _Capture(model, bind_inputs(model, args, kwargs)).run(tuple(args), dict(kwargs or {}))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rewrite.errors import RewriteError
@@ -28,6 +29,32 @@ class OptionType:
     parse: Callable[[str], Any]
     accept: Callable[[Any], Any]
     show: Callable[[Any], str] = str
+    accepts: str = ""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers an option accepts; nan fits none of them."""
+
+    finite: bool = False
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def __str__(self) -> str:
+        limits = (("above", self.above), ("at least", self.at_least), ("below", self.below), ("at most", self.at_most))
+        words = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
+        return ", ".join(["finite"] * self.finite + words)
+
+    def fits(self, value: float) -> bool:
+        return (
+            (not self.finite or math.isfinite(value))
+            and (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
 
 
 def option_type(annotation: Any) -> OptionType:
@@ -48,6 +75,26 @@ def option_type(annotation: Any) -> OptionType:
     raise RewriteError(
         f"{annotation!r} is no type of an option; use bool, int, float, str, Selector, Literal, an enum, "
         "or one of them | None"
+    )
+
+
+def bounded(kind: OptionType, bounds: Bounds) -> OptionType:
+    """The option type whose numbers lie within bounds; raises `RewriteError` for bounds on what is no number."""
+    if not str(bounds):
+        return kind
+    if kind.label.partition(" ")[0] not in ("int", "float"):
+        raise RewriteError(f"bounds ({bounds}) are for numbers, not for {kind.label}")
+
+    def within(value: Any) -> Any:
+        if value is not None and not bounds.fits(value):
+            raise RewriteError(f"{value!r} is not accepted; it must be {bounds}")
+        return value
+
+    return replace(
+        kind,
+        parse=lambda text: within(kind.parse(text)),
+        accept=lambda value: within(kind.accept(value)),
+        accepts=str(bounds),
     )
 
 

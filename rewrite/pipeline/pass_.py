@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import inspect
 import math
 import typing
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from rewrite.errors import OptionError, RewriteError, did_you_mean
 
-from .option_types import OptionType, option_type
+from .option_types import Bounds, OptionType, bounded, option_type
 from .text import Element, print_pipeline
 
 if TYPE_CHECKING:
@@ -32,9 +33,22 @@ Json = bool | int | float | str | None
 T = TypeVar("T")
 
 
-def option(default: T, help: str) -> T:
-    """An option's default with its line of help: `alpha: float = option(0.5, "value at the start")`."""
-    field: T = dataclasses.field(default=default, metadata={"help": help})
+def option(
+    default: T,
+    help: str,
+    *,
+    finite: bool = False,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> T:
+    """An option's default with its line of help: `alpha: float = option(0.5, "value at the start", finite=True)`.
+
+    The bounds say which numbers an int or float accepts; any of them refuses nan, ``finite`` also the infinities.
+    """
+    bounds = Bounds(finite, above, at_least, below, at_most)
+    field: T = dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
     return field
 
 
@@ -104,13 +118,17 @@ class Pass(abc.ABC):
 
 @dataclass(frozen=True)
 class OptionDescription:
-    """One option: its name, its type in words, its default as text and as a JSON value, a line of help."""
+    """One option: its name, its type in words, its default as text and as a JSON value, a line of help.
+
+    ``accepts`` says which of the type's values it takes, where not all: "finite, above 0".
+    """
 
     name: str
     type: str
     default: str
     default_value: Json
     help: str
+    accepts: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,13 +161,16 @@ def _describe_option(default: Pass, name: str, kind: OptionType) -> OptionDescri
         default=_shown(default, name, kind),
         default_value=_json(getattr(default, name), kind),
         help=_as_dataclass(type(default)).__dataclass_fields__[name].metadata.get("help", ""),
+        accepts=kind.accepts,
     )
 
 
+@functools.cache
 def _option_types(cls: type[Pass]) -> dict[str, OptionType]:
     """The option type of each field; raises `RewriteError` for a class that breaks the rules of `Pass`."""
     fields = dataclasses.fields(_as_dataclass(cls))
     hints = typing.get_type_hints(cls)
+    kinds: dict[str, OptionType] = {}
     for field in fields:
         where = f"option '{field.name}' of pass class {cls.__name__}"
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -157,10 +178,10 @@ def _option_types(cls: type[Pass]) -> dict[str, OptionType]:
         if hasattr(Pass, field.name) or field.name == "name":
             raise RewriteError(f"{where} takes a name that every pass uses; rename it")
         try:
-            option_type(hints[field.name])
+            kinds[field.name] = bounded(option_type(hints[field.name]), field.metadata.get("bounds", Bounds()))
         except RewriteError as error:
             raise RewriteError(f"{where}: {error}") from None
-    return {field.name: option_type(hints[field.name]) for field in fields}
+    return kinds
 
 
 def _as_dataclass(cls: type[Pass]) -> Any:

@@ -48,7 +48,7 @@ def description_of(name: str) -> dict[str, Any]:
     Its module is imported only where its source does not tell. Raises `RewriteError` as `get_pass` does.
     """
     found = declared(find(PASSES, "pass", name))
-    if found is None or _refusal(name, found):
+    if found is None or refusal(name, found):
         found = get_pass(name)
     contract = found().contract()
     promises = {"forward": contract.forward.value, "backward": contract.backward.value}
@@ -64,7 +64,12 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
     elements = parse(text)
     if not elements:
         raise RewriteError(f"the pipeline {text!r} names no pass; installed: {', '.join(pass_names())}")
-    return tuple(_pass_of(element, text) for element in elements)
+    known = pass_names()
+    stranger = next((element for element in elements if element.name not in known), None)
+    if stranger is not None:
+        raise PipelineError(unknown(PASSES, "pass", stranger.name), text, stranger.position)
+    classes = {name: get_pass(name) for name in dict.fromkeys(element.name for element in elements)}
+    return tuple(_pass_of(element, classes[element.name], text) for element in elements)
 
 
 def as_passes(spec: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
@@ -78,11 +83,9 @@ def as_passes(spec: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
     return tuple(pass_ for part in spec for pass_ in as_passes(part))
 
 
-def _pass_of(element: Element, text: str) -> Pass:
-    if element.name not in pass_names():
-        raise PipelineError(unknown(PASSES, "pass", element.name), text, element.position)
+def _pass_of(element: Element, pass_class: type[Pass], text: str) -> Pass:
     try:
-        return get_pass(element.name).from_options(dict(element.options))
+        return pass_class.from_options(dict(element.options))
     except OptionError as error:
         raise PipelineError(str(error), text, element.position_of(error.option)) from None
 

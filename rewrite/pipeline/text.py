@@ -38,9 +38,9 @@ class Element:
         for name in (self.name, *keys):
             if not _NAME.fullmatch(name):
                 raise RewriteError(f"{name!r} is no name: use letters, digits, '_', '-' and '.'")
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RewriteError(f"option '{key}' of '{self.name}' is given twice")
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise RewriteError(f"option '{twice}' of '{self.name}' is given twice")
 
     def position_of(self, option: str) -> int:
         """Where the option's name stands in the text; the element's own place where that is not known."""
@@ -89,18 +89,18 @@ class _Reader:
 
     def element(self) -> Element:
         position, name = self.name("the name of a pass")
-        options: list[tuple[str, str]] = []
+        options: dict[str, str] = {}
         positions: list[int] = []
         if self.take("{"):
             while not self.take("}"):
                 key_position, key = self.name("an option or '}'")
-                if any(key == other for other, _ in options):
+                if key in options:
                     raise self.error(f"option '{key}' is given twice", key_position)
                 if not self.take("="):
                     raise self.error(f"expected '=' after option '{key}'")
-                options.append((key, self.value(key)))
+                options[key] = self.value(key)
                 positions.append(key_position)
-        return Element(name, tuple(options), position, tuple(positions))
+        return Element(name, tuple(options.items()), position, tuple(positions))
 
     def name(self, expected: str) -> tuple[int, str]:
         self.skip_space()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from rewrite.errors import RewriteError
 
-from .input_text import GRAMMAR, Draw, Inputs, as_call, parse_inputs
+from .input_text import GRAMMAR, Draw, Inputs, as_call, parse_inputs, unlike
 
-__all__ = ["infer_inputs", "parse_inputs"]
+__all__ = ["infer_inputs", "parse_inputs", "unlike"]
 
 # Export specialises sizes 0 and 1, and equal sizes may be taken for one dimension: keep them apart.
 BATCH, LENGTH, DECODER_LENGTH = 2, 16, 12

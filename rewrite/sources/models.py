@@ -243,5 +243,7 @@ def _listed(groups: Mapping[str, Iterable[str]]) -> str:
 
 def _located(error: BaseException) -> str:
     """The error on one line, with the place in the user's own code where it arose."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{named_line(error)} ({last.filename}:{last.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1]
+    ours = Path(last.filename).parent == Path(__file__).parent  # the call itself fails, and no code of the user ran
+    return named_line(error) if ours else f"{named_line(error)} ({last.filename}:{last.lineno})"
