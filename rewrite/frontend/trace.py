@@ -26,6 +26,7 @@ from .constants import name_constants
 from .draws import foreign_draws
 from .dropouts import DropoutsApart
 from .functions import attach_calls, recorded_functions
+from .refusals import refuse_transforms, why
 
 _PLAIN = (
     torch.Tensor,
@@ -140,6 +141,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
             with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), recorded_functions(notes) as functions:
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)
+            refuse_transforms(graph_module)
             name_constants(graph_module, model)
             attach_calls(graph_module, functions)
         except Exception as error:
@@ -148,7 +150,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
         if len(errors) > 2:
             notes.append(f"dynamic sizes reduced: {named_line(errors[2])}")
         return Trace(graph_module, dropped, notes, guards_code(exported))
-    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {named_line(errors[-1])}") from errors[-1]
+    raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {why(errors[-1])}") from errors[-1]
 
 
 def _unlifted(exported: ExportedProgram) -> GraphModule:

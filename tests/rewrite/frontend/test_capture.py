@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -136,6 +137,19 @@ def test_data_dependent_branch_is_refused_with_the_reason_of_export() -> None:
     with pytest.raises(RewriteError, match=r"cannot capture DataDependentBranch: .*data-dependent") as info:
         capture(chosen.build(), *chosen.inputs(*CAPTURED))
     assert len(str(info.value).splitlines()) == 1
+    assert re.search(r"\(at .*stress\.py:\d+: .*if x\.sum", str(info.value))
+
+
+class _Mapped(nn.Module):
+    """A mask made by `torch.vmap`: export records the transform's own steps, which raise when they are run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.vmap(lambda place: place >= 1)(torch.arange(x.shape[1]))
+
+
+def test_a_trace_with_the_steps_of_vmap_is_refused_with_its_line() -> None:
+    with pytest.raises(RewriteError, match=r"uses torch\.vmap.*\(at .*test_capture\.py:\d+: return x \* torch\.vmap"):
+        capture(_Mapped(), (torch.randn(2, 5),))
 
 
 def test_every_case_that_export_rejects_is_accounted_for() -> None:
