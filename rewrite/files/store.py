@@ -166,7 +166,8 @@ def _check_inputs(graph: Graph, interface: Interface) -> None:
     """The graph's inputs have the sizes that a call is checked against."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node, shape in zip(inputs, interface.shapes, strict=True):
-        if tuple(fixed_size(size) for size in node.meta["val"].shape) != shape:
+        sizes = [fixed_size(size) for size in node.meta["val"].shape]
+        if len(sizes) != len(shape) or any(b is not None and a != b for a, b in zip(sizes, shape, strict=True)):
             raise RewriteError(f"the input {node.name} of its graph has other sizes than its interface")
 
 

@@ -35,7 +35,7 @@ class _Vetter:
     def __init__(self, installed: Installed) -> None:
         self._left = _PARTS
         self._texts: Mapping[str, Callable[[Any], Any]] = {
-            **dict.fromkeys(("name", "as_name"), checked.name),
+            **dict.fromkeys(("name", "as_name"), _name_or_none),
             **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"), checked.path),
             **dict.fromkeys(("in_spec", "out_spec"), lambda value: serialized_spec(value, installed)),
             **dict.fromkeys(("target", "as_operator"), serialized_target),
@@ -110,6 +110,12 @@ def _metadata(value: Json) -> Json:
 def _plain(value: str) -> None:
     if len(value) > 10_000 or not value.isprintable():
         raise RewriteError(f"its graph has the text {shown(value)}")
+
+
+def _name_or_none(value: str) -> None:
+    """Constants, and the calls that set a context, have empty names."""
+    if value:
+        checked.name(value)
 
 
 def _path_or_root(value: str) -> None:

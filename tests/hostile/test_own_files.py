@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 import rewrite
 from rewrite import RewriteError
-from tests.hostile.archives import PROGRAM, Parts, entries_of, make_parts, write_signed
+from tests.hostile.archives import PROGRAM, Parts, entries_of, write_signed
 from tests.hostile.harness import MARKER, Case, Oracle
 
 Json = Any
@@ -34,17 +34,6 @@ DEFAULTDICT = json.dumps(
 
 def container(kind: str, context: Json) -> str:
     return json.dumps([1, {"type": kind, "context": json.dumps(context), "children_spec": []}])
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Iterator[Oracle]:
-    with Oracle() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 def node(program: Json, op: str, which: int = 0) -> Json:
