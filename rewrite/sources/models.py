@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from rewrite.errors import RewriteError, did_you_mean, first_line, named_line
 
+from .bounds import bounded_by, check_folder
 from .compat import import_mended, mended, why_import_fails
+from .paths import is_folder, is_there, refuse_special
 from .pickles import current_folder_importable, load_module
 
 FORMS = "a .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory"
@@ -61,13 +63,13 @@ def _read(spec: str, trust: bool) -> Source:
         return Source(_create_timm(name), spec, None, "timm")
     if scheme == "hf":
         return Source(_load_folder(Path(name), trust), spec, Path(name), "folder")
-    if path.is_dir():
+    if is_folder(path):
         return Source(_load_folder(path, trust), spec, path, "folder")
     if path.suffix == ".pt2":
         raise RewriteError(f"{spec} is an exported program, not a module: read it with rewrite.load")
     if path.suffix == ".safetensors":
         raise RewriteError(f"{spec} holds weights alone: name their model, timm:NAME or another, with --weights {spec}")
-    if path.exists() or path.suffix in {".pt", ".pth", ".bin"}:
+    if is_there(path) or path.suffix in {".pt", ".pth", ".bin"}:
         return Source(load_module(path, trust=trust), spec, path, "module")
     factory = _FACTORY.fullmatch(spec)
     if factory is None:
@@ -100,21 +102,23 @@ def _create_timm(name: str) -> nn.Module:
 
 
 def _load_folder(folder: Path, trust: bool) -> nn.Module:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise RewriteError(f"there is no folder {folder}")
     if not (folder / "config.json").is_file():
         raise RewriteError(f"{folder} has no config.json: give {FORMS}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise RewriteError(f"{folder} has a config.json but no safetensors")
+    held = check_folder(folder)
     transformers = _library("transformers")
     bar = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        model, info = _from_pretrained(transformers, folder, trust)
-    except RewriteError:
-        raise
+        with bounded_by(held):
+            model, info = _from_pretrained(transformers, folder, trust)
+    except RewriteError as error:
+        raise RewriteError(f"cannot load {folder}: {error}") from None
     except Exception as error:
         raise RewriteError(f"cannot load {folder}: {first_line(error)}") from None
     finally:
@@ -210,8 +214,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
+    if not is_there(path):
         raise RewriteError(f"there is no weights file {path}")
+    refuse_special(path)
     try:
         if path.suffix == ".safetensors":
             value = _library("safetensors.torch").load_file(path)

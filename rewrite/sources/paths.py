@@ -19,13 +19,34 @@ _KINDS = {
 
 def check_regular(path: Path) -> None:
     """Raises RewriteError unless there is a file at ``path`` with content of its own."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise RewriteError(f"there is no file {path}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RewriteError(f"cannot read {str(path)[:200]}: {reason}") from None
-    kind = _KINDS.get(stat.S_IFMT(mode))
+    if _mode(path) is None:
+        raise RewriteError(f"there is no file {path}")
+    refuse_special(path)
+
+
+def refuse_special(path: Path) -> None:
+    """Raises RewriteError for a pipe, socket, device or folder; not where there is nothing."""
+    kind = _KINDS.get(stat.S_IFMT(_mode(path) or 0))
     if kind is not None:
         raise RewriteError(f"{path} is {kind}, not a file")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder. Raises RewriteError for a name that no file can have."""
+    return stat.S_ISDIR(_mode(path) or 0)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything. Raises RewriteError for a name that no file can have."""
+    return _mode(path) is not None
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        name = str(path)
+        raise RewriteError(f"cannot read {name if len(name) < 100 else f'{name[:97]}...'}: {reason}") from None

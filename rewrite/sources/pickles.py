@@ -23,6 +23,7 @@ from rewrite.errors import RewriteError, named_line
 from rewrite.torch_private import PyTorchFileReader
 
 from .compat import mended
+from .paths import refuse_special
 from .pickle_scan import Scan, UnreadableError, scan
 from .pickle_vet import REBUILD, TYPED, Allowed, RefusedError, vet
 
@@ -63,13 +64,12 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def _is_zip(path: Path) -> bool:
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except FileNotFoundError:
         raise RewriteError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise RewriteError(f"{path} is a folder, not a file saved by torch.save") from None
     except OSError as error:
         raise RewriteError(f"cannot read {path}: {error.strerror or error}") from None
     if not head:
