@@ -19,6 +19,7 @@ from rewrite.errors import RewriteError, first_line, named_line
 from rewrite.files.staging import Staging
 from rewrite.files.writers import Plan, Written, check_free, plan, write
 from rewrite.pipeline.text import parse
+from rewrite.sources.paths import is_there
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +53,7 @@ class Model:
             if self.is_program and given:
                 raise RewriteError(f"{flag} does not go with {self.spec}: a .pt2 carries its own")
         for path in (Path(self.spec), self.weights):
-            if path is not None and path.suffix in FILES and not path.exists():
+            if path is not None and path.suffix in FILES and not is_there(path):
                 raise RewriteError(f"there is no file {path}")
 
     def read(self, listener: Listener) -> tuple[Program, nn.Module | None]:

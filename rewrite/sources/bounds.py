@@ -73,9 +73,8 @@ def _check_counts(config: Any, held: Held, folder: Path) -> None:
     most = 10 * held.tensors + 1000
     for key, value in _numbers(config, ""):
         if _COUNTS.fullmatch(key) and abs(value) > most:
-            raise RewriteError(
-                f"{folder}/config.json asks for {key}={value:.6g}, where its weights are {held.tensors} tensors"
-            )
+            asked = str(value) if abs(value) < 10**12 else "a number without end"
+            raise RewriteError(f"{folder}/config.json has {key}: {asked}, where its weights are {held.tensors} tensors")
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, int | float]]:
@@ -110,7 +109,7 @@ def bounded_by(held: Held) -> Iterator[None]:
         nonlocal size
         size += 0 if parameter is None else parameter.numel()
         if size > elements:
-            raise RewriteError(f"its configuration asks for more than {elements} numbers, for weights of {held.bytes} bytes")
+            raise RewriteError(f"config.json asks for more than {elements} numbers, for weights of {held.bytes} bytes")
 
     hooks = register_module_module_registration_hook(on_module), register_module_parameter_registration_hook(on_parameter)
     try:

@@ -46,7 +46,6 @@ _PROCESSES = (
     "os.startfile",
     "pty.",
 )
-_LIBRARIES = ("ctypes.dlopen", "ctypes.dlsym", "ctypes.call_function")
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
 _CHANGES += ("shutil.rmtree", "shutil.move", "shutil.copyfile", "shutil.copytree", "shutil.unpack_archive", "os.setxattr")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -193,8 +192,12 @@ class _Hook:
             self.faults.append(fault[:300])
 
     def _judged(self, event: str, arguments: tuple[Any, ...]) -> str | None:
-        if event.startswith(_PROCESSES) or event.startswith("socket.") or event in _LIBRARIES:
+        if event.startswith(_PROCESSES) or event.startswith("socket."):
             return f"{event} {arguments!r}"
+        if event == "ctypes.dlopen":  # the system's own libraries, by name, are what Python packages load
+            name = str(arguments[0])
+            strange = "/" in name and _is_strange(name, self.folder)
+            return f"{event} of {name}" if strange or MARKER in name else None
         if event == "compile":
             return f"compiled text of the file: {arguments[0]!r}" if MARKER in str(arguments[0]) else None
         if event == "exec":
@@ -303,6 +306,11 @@ def _is_strange(library: str, folder: Path) -> bool:
 def _warm(folder: Path, hook: _Hook) -> None:
     import torch
 
+    from rewrite.sources.compat import import_mended
+
+    for library in ("timm", "transformers"):
+        with contextlib.suppress(ImportError):
+            import_mended(library)
     torch.save(torch.nn.Linear(2, 2), folder / "m.pt")
     for argv in (["apply", "m.pt", "-p", "dyt", "--inputs", "2x2", "-o", "m.pt2"], ["show", "m.pt2"]):
         _run({"argv": argv, "folder": str(folder), "baits": (), "makes": ()}, hook)

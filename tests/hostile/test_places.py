@@ -1,4 +1,4 @@
-"""What is no file, and what asks for more than there is: pipes, devices, names without end, configurations without measure."""
+"""What is no file, and what asks for more than there is: pipes, devices, long names, configurations without measure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_weights_that_are_no_file_are_not_opened(kind: str, name: str, oracle: O
     refused(oracle, tmp_path, "show", "m.pt", "--inputs", "2x2", "--weights", name)
 
 
-@pytest.mark.parametrize("name", ["a" * 300 + ".pt", "a" * 300 + ".pt2", "a" * 300, "b/" * 3000 + "m.pt", "m\n.pt"])
+@pytest.mark.parametrize("name", ["a" * 300 + ".pt", "a" * 300 + ".pt2", "a" * 300, "b/" * 3000 + "m.pt"])
 def test_names_without_end(name: str, oracle: Oracle, tmp_path: Path) -> None:
     refused(oracle, tmp_path, "show", name)
 
@@ -83,7 +83,7 @@ def test_a_configuration_is_bound_by_its_weights(name: str, oracle: Oracle, fold
     copied(folder, tmp_path / "m", CONFIGS[name])
     verdict = oracle.judge(Case(("show", "m"), tmp_path, baits=("evil",)))
     assert verdict.faults == ()
-    assert verdict.code == (0 if name in ("code of its own",) else 2)
+    assert verdict.code == (0 if name in ("code of its own", "no layers") else 2)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
