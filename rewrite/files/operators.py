@@ -22,7 +22,7 @@ _DENIED = re.compile(
     r"from_file|set_|set_data|data|resize.*|resize_as.*|record_stream|backward|retain_grad|retains_grad|requires_grad_|rename.*|"
     r"align_.*|refine_names|output_nr|to_mkldnn.*|mkldnn_.*|cudnn_.*|miopen_.*|xnnpack.*|quantize.*|quantized_.*|fbgemm_.*|"
     r"q_.*|int_repr|dequantize.*|sparse_.*|to_sparse.*|coalesce|copy_sparse.*|row_indices.*|col_indices.*|crow_indices.*|"
-    r"ccol_indices.*|values.*|indices.*|nested_.*|storage_offset|lift.*|pin_memory|is_pinned|.*_backward.*|.*_hook|"
+    r"ccol_indices.*|values.*|indices.*|nested_.*|storage_offset|lift|lift_fresh|pin_memory|is_pinned|.*_backward.*|.*_hook|"
     r"empty_quantized|choose_qparams_optimized|make_.*|special_test.*|sym_constrain_range_for_size_.*"
 )
 #: Operators with a leading underscore that exports of models hold.
