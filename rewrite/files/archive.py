@@ -7,6 +7,7 @@ the SHA-256 of every other entry, and the zip's comment that of all bytes outsid
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -47,8 +48,9 @@ class Writer:
         if kind is not None:
             file: IO[bytes] | None = self._zip.fp
             self._zip.fp = None  # or it would write the end of an archive that has none
-            if file is not None:
-                file.close()
+            with contextlib.suppress(OSError):  # the first failure is the one to tell
+                if file is not None:
+                    file.close()
             return
         self._add(DIGESTS, json.dumps(self._digests).encode())
         self._zip.comment = _MARK + bytes(64)

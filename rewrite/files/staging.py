@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -86,4 +87,49 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RewriteError(f"cannot write {path}: {error.strerror or error}") from None
+        staged = path.parent.suffix == ".partial"
+        final = path.parent.parent / path.name if staged else path
+        raise RewriteError(f"cannot write {final}: {_reason(final, error)}") from None
+
+
+def _reason(path: Path, error: OSError) -> str:
+    said = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk of {path.absolute().parent} has no room for it ({said})"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"the disk or folder {path.absolute().parent} may not be written to ({said})"
+    return said
+
+
+class FullDiskFile:
+    """A file for writers in C++, which end the process or forget the reason when a write fails.
+
+    The first failure is kept, and what is written after it goes nowhere; leaving the context raises it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._error: OSError | None = None
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write, or forget, all of the content; its length in bytes."""
+        if self._error is None:
+            try:
+                self._file.write(content)
+            except OSError as error:
+                self._error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is closed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._file.close()
+        except OSError as failed:
+            self._error = self._error or failed
+        if self._error is not None and (kind is None or not issubclass(kind, OSError)):
+            raise self._error

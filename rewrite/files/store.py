@@ -53,9 +53,16 @@ def save(program: Program, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".pt2":
         raise RewriteError(f"a program is saved as .pt2, not {target.name}")
+    with explained(target), Staging() as staging:
+        write_program(program, staging.path(target), target.stem)
+    return target
+
+
+def write_program(program: Program, path: Path, root: str) -> None:
+    """Write a program's archive to a file, under the folder ``root`` inside. Raises OSError where the disk refuses it."""
     layers = _encoded(program)
     examples = write_examples(tuple(program.example_args), program.example_kwargs)
-    with explained(target), Staging() as staging, Writer(staging.path(target), target.stem) as writer:
+    with Writer(path, root) as writer:
         tensors = TensorWriter(writer)
         write_evaluation(program, writer, tensors, examples)
         layers["tensors"] = {
@@ -63,7 +70,6 @@ def save(program: Program, path: str | os.PathLike[str]) -> Path:
             for name, tensor in named_tensors(program.module).items()
         }
         writer.add(_LAYERS, json.dumps(layers).encode())
-    return target
 
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

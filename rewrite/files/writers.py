@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import RewriteError, did_you_mean, first_line
 
-from .staging import Staging, check_place, explained
+from .staging import FullDiskFile, Staging, check_place, explained
 
 if TYPE_CHECKING:
     import torch
@@ -105,8 +107,9 @@ def write(program: Program, model: nn.Module | None, plan: Plan, staging: Stagin
     with explained(path):
         if path.suffix not in MODULE_SUFFIXES:
             return _WRITERS[path.suffix](program, path, staging)
+        place = staging.path(path)  # where there is no room to write, another format would have none either
         try:
-            return _write_module(program, model, path, staging)
+            return _write_module(program, model, path, place)
         except RewriteError as error:
             if plan.asked:
                 raise RewriteError(f"{error}; write a .pt2 instead: -o {path.with_suffix('.pt2')}") from None
@@ -114,7 +117,7 @@ def write(program: Program, model: nn.Module | None, plan: Plan, staging: Stagin
             return _write_program(program, path.with_suffix(".pt2"), staging, str(error))
 
 
-def _write_module(program: Program, model: nn.Module | None, path: Path, staging: Staging) -> Written:
+def _write_module(program: Program, model: nn.Module | None, path: Path, place: Path) -> Written:
     import torch
 
     from rewrite.lowering.graft import graft
@@ -123,7 +126,8 @@ def _write_module(program: Program, model: nn.Module | None, path: Path, staging
         raise RewriteError("the model is a program and has no class to give back")
     grafted = graft(program, model)
     try:
-        torch.save(grafted, staging.path(path))
+        with FullDiskFile(place) as file:
+            torch.save(grafted, file)  # type: ignore[arg-type]  # it takes whatever has a method `write`
     except OSError:
         raise
     except Exception as error:  # pickle has no error of its own: any class may raise anything
@@ -132,9 +136,9 @@ def _write_module(program: Program, model: nn.Module | None, path: Path, staging
 
 
 def _write_program(program: Program, path: Path, staging: Staging, reason: str = "") -> Written:
-    from .store import save
+    from .store import write_program
 
-    save(program, staging.path(path))
+    write_program(program, staging.path(path), path.stem)
     return Written(path, "a program, read it with rewrite.load or torch.export.load", reason)
 
 
@@ -146,12 +150,22 @@ def _write_onnx(program: Program, path: Path, staging: Staging) -> Written:
 
 
 def _write_weights(program: Program, path: Path, staging: Staging) -> Written:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, tied = _separate(program.module.state_dict())
-    save_file(tensors, staging.path(path), metadata={"format": "pt", **tied})
+    try:
+        save_file(tensors, staging.path(path), metadata={"format": "pt", **tied})
+    except SafetensorError as error:
+        raise _of_the_system(error) from None
     shared = f", {len(tied)} tied names left to their partners" if tied else ""
     return Written(path, f"{len(tensors)} tensors{shared}")
+
+
+def _of_the_system(error: Exception) -> Exception:
+    """The operating system's error that a writer in Rust tells of, or its own where there is none."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else RewriteError(first_line(error))
 
 
 def _separate(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
