@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 READY := $(VENV)/ready
 
-.PHONY: demo test lint
+.PHONY: demo test lint fuzz
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,10 @@ demo: $(READY)
 # one thread each: the tests already run side by side, those of one model in one worker
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# hostile files and texts, judged by an oracle; FUZZ_CASES=300 in the tests
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/hostile/test_fuzz.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,6 +48,8 @@ _PROCESSES = (
 )
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
 _CHANGES += ("shutil.rmtree", "shutil.move", "shutil.copyfile", "shutil.copytree", "shutil.unpack_archive", "os.setxattr")
+_RELATIVE = ("os.remove", "os.rmdir", "os.mkdir")
+"""Those that name a path and, as their last argument, the open folder that it is relative to, or -1."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -174,6 +176,13 @@ def _told(case: Case, answer: dict[str, Any]) -> list[str]:
 # ---- the worker --------------------------------------------------------------------------------------------------
 
 
+def _below(folder: int, path: Any) -> Any:
+    """A path that is given relative to an open folder, as one of its own."""
+    if folder < 0 or not isinstance(path, str | bytes):
+        return path
+    return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
+
+
 @dataclass
 class _Hook:
     """The audit hook: it cannot be taken off, so it is armed for the time of a case."""
@@ -210,7 +219,8 @@ class _Hook:
             path, _, flags = (*arguments, None, None)[:3]
             return self._written(event, path) if isinstance(flags, int) and flags & _WRITES else None
         if event in _CHANGES:
-            return next((f for path in arguments[:2] if (f := self._written(event, path))), None)
+            paths = [_below(arguments[-1], arguments[0])] if event in _RELATIVE else arguments[:2]
+            return next((f for path in paths if (f := self._written(event, path))), None)
         return None
 
     def _written(self, event: str, path: Any) -> str | None:
