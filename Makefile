@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 READY := $(VENV)/ready
 
-.PHONY: demo test lint fuzz
+.PHONY: demo test lint fuzz compat
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,12 @@ test: $(READY)
 # hostile files and texts, judged by an oracle; FUZZ_CASES=300 in the tests
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/hostile/test_fuzz.py
+
+# gigabytes: a virtual environment for each torch, below .nox
+compat:
+	$(PYTHON) -m venv .nox/home
+	.nox/home/bin/python -m pip install --disable-pip-version-check --quiet nox
+	.nox/home/bin/nox $(NOX_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
