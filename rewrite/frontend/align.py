@@ -7,9 +7,12 @@ are *switches*. A chunk becomes a region with one subgraph for each side, everyt
 
 from __future__ import annotations
 
+import bisect
 import difflib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODE_ARGUMENTS = frozenset({"train", "training", "dropout_p", "dropout", "cudnn_enabled"})
 
 
-@dataclass
+@dataclass(eq=False)
 class Chunk:
     """Positions ``[i1, i2)`` of the first graph's items against ``[j1, j2)`` of the second's, and the switches.
 
@@ -40,6 +43,20 @@ class Chunk:
     second: list[Node] = field(default_factory=list)
     switches: list[tuple[Any, Any]] = field(default_factory=list)
     uses: list[tuple[Node, int, int]] = field(default_factory=list)
+    places: dict[Hashable, int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget the switches."""
+        self.switches.clear()
+        self.uses.clear()
+        self.places.clear()
+
+    def switch(self, x: Any, y: Any) -> int:
+        """The place of a pair among the switches, where it is added if it is new."""
+        place = self.places.setdefault((_name(x), _name(y)), len(self.switches))
+        if place == len(self.switches):
+            self.switches.append((x, y))
+        return place
 
 
 @dataclass
@@ -89,7 +106,9 @@ def align(first: Graph, second: Graph) -> Alignment:
     b = [n for n in second.nodes if is_item(n)]
     chunks: list[Chunk] = []
     partner: dict[Node, Node] = {}
-    for tag, i1, i2, j1, j2 in _opcodes([signature(n) for n in a], [signature(n) for n in b]):
+    numbers: dict[Hashable, int] = {}  # numbers are compared and hashed at once, signatures at length
+    left, right = ([numbers.setdefault(signature(n), len(numbers)) for n in nodes] for nodes in (a, b))
+    for tag, i1, i2, j1, j2 in _opcodes(left, right):
         if tag == "equal":
             partner.update(zip(a[i1:i2], b[j1:j2], strict=True))
         else:
@@ -98,18 +117,62 @@ def align(first: Graph, second: Graph) -> Alignment:
     return matcher.resolve([c for c in chunks if matcher.fill(c)])
 
 
-def _opcodes(a: list[Any], b: list[Any]) -> list[tuple[str, int, int, int, int]]:
-    """difflib's opcodes; the common head and tail are taken off first, since the matcher is slow on long inputs."""
-    head = 0
-    while head < min(len(a), len(b)) and a[head] == b[head]:
+def _opcodes(a: Sequence[Hashable], b: Sequence[Hashable]) -> list[tuple[str, int, int, int, int]]:
+    """difflib's opcodes, in time linear in the length where most items occur once.
+
+    What occurs once on both sides is an anchor, as far as the anchors stand in one order; what stands between two anchors
+    is matched by itself, in the same way as long as it has anchors of its own, and by difflib in the end.
+    """
+    codes: list[tuple[str, int, int, int, int]] = []
+    spans = [(0, len(a), 0, len(b))]
+    while spans:
+        i1, i2, j1, j2 = spans.pop()
+        head, tail = _common_ends(a, b, i1, i2, j1, j2)
+        if tail:
+            spans.append((i2 - tail, i2, j2 - tail, j2))
+        if head:
+            codes.append(("equal", i1, i1 + head, j1, j1 + head))
+        i1, i2, j1, j2 = i1 + head, i2 - tail, j1 + head, j2 - tail
+        anchors = _anchors(a[i1:i2], b[j1:j2])
+        if anchors:
+            edges = [(i1, j1), *((i1 + i, j1 + j) for i, j in anchors), (i2, j2)]
+            spans += [(x1, x2, y1, y2) for (x1, y1), (x2, y2) in reversed(list(pairwise(edges)))]
+        elif i1 < i2 or j1 < j2:
+            matcher = difflib.SequenceMatcher(None, a[i1:i2], b[j1:j2], autojunk=False)
+            codes += [(t, x1 + i1, x2 + i1, y1 + j1, y2 + j1) for t, x1, x2, y1, y2 in matcher.get_opcodes()]
+    return codes
+
+
+def _common_ends(a: Sequence[Hashable], b: Sequence[Hashable], i1: int, i2: int, j1: int, j2: int) -> tuple[int, int]:
+    """How many items two spans share at their heads, and how many of the others at their tails."""
+    length, head, tail = min(i2 - i1, j2 - j1), 0, 0
+    while head < length and a[i1 + head] == b[j1 + head]:
         head += 1
-    tail = 0
-    while tail < min(len(a), len(b)) - head and a[-1 - tail] == b[-1 - tail]:
+    while tail < length - head and a[i2 - 1 - tail] == b[j2 - 1 - tail]:
         tail += 1
-    middle = difflib.SequenceMatcher(None, a[head : len(a) - tail], b[head : len(b) - tail], autojunk=False)
-    codes = [("equal", 0, head, 0, head)]
-    codes += [(t, i1 + head, i2 + head, j1 + head, j2 + head) for t, i1, i2, j1, j2 in middle.get_opcodes()]
-    return [*codes, ("equal", len(a) - tail, len(a), len(b) - tail, len(b))]
+    return head, tail
+
+
+def _anchors(a: Sequence[Hashable], b: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """The longest run of items, in the order of both, that occur once in each: their places."""
+    counts_a, counts_b = Counter(a), Counter(b)
+    place_b = {item: j for j, item in enumerate(b)}
+    pairs = [(i, place_b[item]) for i, item in enumerate(a) if counts_a[item] == 1 and counts_b[item] == 1]
+    ends: list[int] = []  # the last place in b of the best run of each length
+    best: list[int] = []  # the pair that ends it
+    before: list[int] = []
+    for number, (_, j) in enumerate(pairs):
+        length = bisect.bisect_left(ends, j)
+        if length == len(ends):
+            ends.append(j)
+            best.append(number)
+        ends[length], best[length] = j, number
+        before.append(best[length - 1] if length else -1)
+    run, number = [], best[-1] if best else -1
+    while number >= 0:
+        run.append(pairs[number])
+        number = before[number]
+    return run[::-1]
 
 
 class _Matcher:
@@ -122,7 +185,8 @@ class _Matcher:
         self.place_b = {n: i for i, n in enumerate(b)}
         self.chunk_a: dict[Node, Chunk] = {}
         self.chunk_b: dict[Node, Chunk] = {}
-        self.matched: set[Node] = set()
+        self.inverse: dict[Node, Node] = {}
+        self.chunks: list[Chunk] = []
 
     def fill(self, chunk: Chunk) -> bool:
         """List a chunk's nodes; idle nodes alone make none."""
@@ -132,52 +196,83 @@ class _Matcher:
     def resolve(self, chunks: list[Chunk]) -> Alignment:
         while True:
             self._index(chunks)
-            merge = self._conflict(chunks)
-            if merge is None:
-                return Alignment(self.partner, chunks)
-            chunks = self._merged(chunks, merge)
+            conflicts = self._conflicts()
+            if not conflicts:
+                for chunk in self.chunks:
+                    self._connect(chunk)
+                return Alignment(self.partner, self.chunks)
+            for user, other, x, y in conflicts:
+                span = self._chunk_of(x, y, user, other)
+                if user not in self.chunk_a and not isinstance(span, Chunk):  # no earlier merge settled it
+                    self._merge(span)
+            chunks = self.chunks
 
     def _index(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
         self.chunk_a = {n: c for c in chunks for n in c.first}
         self.chunk_b = {n: c for c in chunks for n in c.second}
-        self.matched = set(self.partner.values())
+        self.inverse = {theirs: ours for ours, theirs in self.partner.items()}
         for chunk in chunks:
-            chunk.switches.clear()
-            chunk.uses.clear()
+            chunk.clear()
 
-    def _merged(self, chunks: list[Chunk], span: tuple[int, int, int, int]) -> list[Chunk]:
-        i1, i2, j1, j2 = span
-        grown = True
-        rest = list(chunks)
-        while grown:
-            touching = [
-                c
-                for c in rest
-                if (c.i1 <= i2 and i1 <= c.i2 and c.j1 <= j2 and j1 <= c.j2)
-                or (i1 < c.i2 and c.i1 < i2)
-                or (j1 < c.j2 and c.j1 < j2)
-            ]
-            rest = [c for c in rest if c not in touching]
-            for c in touching:
-                i1, i2, j1, j2 = min(i1, c.i1), max(i2, c.i2), min(j1, c.j1), max(j2, c.j2)
-            grown = bool(touching)
-            i1, i2, j1, j2 = self._closed(i1, i2, j1, j2)
-        made = Chunk(i1, i2, j1, j2)
+    def _merge(self, span: tuple[int, int, int, int]) -> None:
+        """Make one chunk of a span and of the chunks that it touches, and of all that their nodes are partners of."""
+        while True:
+            touched = self.chunks[self._touching(*span)]
+            grown = self._closed(
+                min([span[0], *(c.i1 for c in touched)]),
+                max([span[1], *(c.i2 for c in touched)]),
+                min([span[2], *(c.j1 for c in touched)]),
+                max([span[3], *(c.j2 for c in touched)]),
+            )
+            if grown == span:
+                break
+            span = grown
+        made = Chunk(*span)
         self.fill(made)
+        self.chunks[self._touching(*span)] = [made]
         for node in made.first:
-            self.partner.pop(node, None)
-        return sorted([*rest, made], key=lambda c: (c.i1, c.j1))
+            if node in self.partner:
+                del self.inverse[self.partner.pop(node)]
+            self.chunk_a[node] = made
+        for node in made.second:
+            self.chunk_b[node] = made
+
+    def _touching(self, i1: int, i2: int, j1: int, j2: int) -> slice:
+        """The chunks that a span overlaps on either side or adjoins on both, and those between; empty, where it belongs.
+
+        Chunks stand in order on both sides, so that each of these is a search.
+        """
+
+        def first(beyond: Callable[[Chunk], bool]) -> int:
+            return bisect.bisect_left(self.chunks, True, key=beyond)
+
+        spans = [
+            (first(lambda c: c.i2 > i1), first(lambda c: c.i1 >= i2)),
+            (first(lambda c: c.j2 > j1), first(lambda c: c.j1 >= j2)),
+            (first(lambda c: c.i2 >= i1 and c.j2 >= j1), first(lambda c: c.i1 > i2 or c.j1 > j2)),
+        ]
+        found = [(low, high) for low, high in spans if low < high]
+        if not found:
+            return slice(spans[-1][1], spans[-1][1])
+        return slice(min(low for low, _ in found), max(high for _, high in found))
 
     def _closed(self, i1: int, i2: int, j1: int, j2: int) -> tuple[int, int, int, int]:
         """Widen a span until each matched node inside has its partner inside."""
-        inside = [(i, self.place_b[self.partner[n]]) for i, n in enumerate(self.a) if n in self.partner]
-        for i, j in inside:
-            if i1 <= i < i2 or j1 <= j < j2:
-                i1, i2, j1, j2 = min(i1, i), max(i2, i + 1), min(j1, j), max(j2, j + 1)
+        seen_a, seen_b = range(i1, i1), range(j1, j1)
+        while (seen_a, seen_b) != (range(i1, i2), range(j1, j2)):
+            new_a = [i for i in range(i1, i2) if i not in seen_a and self.a[i] in self.partner]
+            new_b = [j for j in range(j1, j2) if j not in seen_b and self.b[j] in self.inverse]
+            seen_a, seen_b = range(i1, i2), range(j1, j2)
+            places_b = [self.place_b[self.partner[self.a[i]]] for i in new_a]
+            places_a = [self.place_a[self.inverse[self.b[j]]] for j in new_b]
+            i1, i2 = min([i1, *places_a]), max([i2, *(i + 1 for i in places_a)])
+            j1, j2 = min([j1, *places_b]), max([j2, *(j + 1 for j in places_b)])
         return i1, i2, j1, j2
 
-    def _conflict(self, chunks: list[Chunk]) -> tuple[int, int, int, int] | None:
-        """Collect the switches; the span to merge where a value cannot be switched, else None."""
+    def _conflicts(self) -> list[tuple[Node, Node, Any, Any]]:
+        """Collect the switches of each chunk; the uses where a value cannot be switched."""
+        conflicts = []
         for user, other in self._matched_users():
             left, right = list(_data(user)), list(_data(other))
             for place in range(max(len(left), len(right))):
@@ -186,13 +281,12 @@ class _Matcher:
                 if self.same(x, y):
                     continue
                 y = self._bare(y)
-                chunk = self._chunk_of(x, y, user, other, chunks)
-                if isinstance(chunk, tuple):
-                    return chunk
-                chunk.uses.append((user, place, _added(chunk.switches, (x, y))))
-        for chunk in chunks:
-            self._connect(chunk)
-        return None
+                chunk = self._chunk_of(x, y, user, other)
+                if isinstance(chunk, Chunk):
+                    chunk.uses.append((user, place, chunk.switch(x, y)))
+                else:
+                    conflicts.append((user, other, x, y))
+        return conflicts
 
     def _connect(self, chunk: Chunk) -> None:
         """Let a chunk take what its nodes use of earlier chunks from those, where one mode alone has it."""
@@ -201,13 +295,13 @@ class _Matcher:
                 x = cast_chain(value)[0]
                 home = self.chunk_a.get(x)
                 if home is not None and home is not chunk:
-                    home.uses.append((user, place, _added(home.switches, (x, None))))
+                    home.uses.append((user, place, home.switch(x, None)))
         for user in chunk.second:
             for value in _data(user):
                 y = self._bare(value)
                 home = self.chunk_b.get(y)
                 if home is not None and home is not chunk:
-                    _added(home.switches, (None, y))
+                    home.switch(None, y)
 
     def _matched_users(self) -> Iterator[tuple[Node, Node]]:
         for node in self.a:
@@ -215,7 +309,8 @@ class _Matcher:
                 yield node, self.partner[node]
         yield self.first.output_node(), self.second.output_node()
 
-    def _chunk_of(self, x: Any, y: Any, user: Node, other: Node, chunks: list[Chunk]) -> Chunk | tuple[int, int, int, int]:
+    def _chunk_of(self, x: Any, y: Any, user: Node, other: Node) -> Chunk | tuple[int, int, int, int]:
+        """The chunk that gives ``x`` in the one graph and ``y`` in the other; else the span that has to become one."""
         x = _under_idle(x, self.chunk_a)
         cx, cy = self.chunk_a.get(x), self.chunk_b.get(y)
         i, j = self.place_a.get(x, -1), self.place_b.get(y, -1)
@@ -224,10 +319,10 @@ class _Matcher:
         chunk = cx or cy
         if chunk is None:
             end_i, end_j = self.place_a.get(user, len(self.a)), self.place_b.get(other, len(self.b))
-            usable = [c for c in chunks if i < c.i2 <= end_i and j < c.j2 <= end_j]
-            if not usable:
+            before = bisect.bisect_left(self.chunks, True, key=lambda c: c.i2 > end_i or c.j2 > end_j)
+            chunk = self.chunks[before - 1] if before else None  # the last one before both users
+            if chunk is None or i >= chunk.i2 or j >= chunk.j2:
                 return (max(i, 0), end_i, max(j, 0), end_j)
-            chunk = usable[-1]
         if i >= chunk.i2 or j >= chunk.j2:
             return (chunk.i1, max(i + 1, chunk.i2), chunk.j1, max(j + 1, chunk.j2))
         return chunk
@@ -252,7 +347,7 @@ class _Matcher:
         """A value of the second graph without casts and idle nodes."""
         while isinstance(y, Node):
             bare = cast_chain(y)[0]
-            if isinstance(bare, Node) and is_idle(bare) and bare not in self.matched:
+            if isinstance(bare, Node) and is_idle(bare) and bare not in self.inverse:
                 bare = bare.args[0]
             if bare is y:
                 break
@@ -260,11 +355,9 @@ class _Matcher:
         return y
 
 
-def _added(switches: list[tuple[Any, Any]], pair: tuple[Any, Any]) -> int:
-    """The place of a pair among the switches, where it is added if it is new."""
-    if pair not in switches:
-        switches.append(pair)
-    return switches.index(pair)
+def _name(value: Any) -> Hashable:
+    """What tells two values of a graph apart."""
+    return value if isinstance(value, Node) or value is None else (type(value), repr(value))
 
 
 def _under_idle(x: Any, chunk_of: dict[Node, Chunk]) -> Any:
