@@ -107,6 +107,8 @@ class _Follower:
         for ours, theirs in self.partner.items():
             self.inverse.setdefault(theirs, ours)
         self.casts: dict[tuple[Node, Any, Node], Node] = {}
+        self.barren: dict[torch.dtype, set[Node]] = {}  # nothing upstream of these follows the dtype
+        self.fallbacks: dict[torch.dtype, Node | None] = {}
 
     def run(self, other: Graph) -> None:
         named = {(n.op, n.target): n for n in _sources(other)}
@@ -180,7 +182,8 @@ class _Follower:
 
     def _reference(self, start: Node, dtype: torch.dtype) -> Node | None:
         """The nearest value upstream that follows ``dtype`` in both captures; else a parameter, else an input."""
-        queue, seen = deque([start]), {start}
+        barren = self.barren.setdefault(dtype, set())
+        queue, seen = deque([start] if start not in barren else []), {start}
         while queue:
             theirs = queue.popleft()
             value = tensor_value(theirs)
@@ -188,9 +191,10 @@ class _Follower:
             if value is not None and value.dtype is self.dtypes[dtype] and ours is not None and _has(ours, dtype):
                 return ours
             for source in theirs.all_input_nodes:
-                if source not in seen:
+                if source not in seen and source not in barren:
                     seen.add(source)
                     queue.append(source)
+        barren |= seen
         return self._fallback(dtype)
 
     def _beside(self, node: Node, dtype: torch.dtype) -> Node | None:
@@ -202,8 +206,10 @@ class _Follower:
         return None
 
     def _fallback(self, dtype: torch.dtype) -> Node | None:
-        sources = [n for n in _sources(self.graph) if _has(n, dtype)]
-        return next((n for n in sources if n.op == "get_attr"), sources[0] if sources else None)
+        if dtype not in self.fallbacks:
+            sources = [n for n in _sources(self.graph) if _has(n, dtype)]
+            self.fallbacks[dtype] = next((n for n in sources if n.op == "get_attr"), sources[0] if sources else None)
+        return self.fallbacks[dtype]
 
     def _literals(self, node: Node, theirs: Node) -> None:
         if overload(node) is None or overload(theirs) is None:

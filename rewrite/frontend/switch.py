@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -42,8 +43,8 @@ class _Builder:
     ) -> None:
         self.train, self.evaluation = train, evaluation
         self.inverse, self.ours_by_name, self.place = inverse, ours_by_name, place
-        self.items = {n: i for i, n in enumerate(train.nodes)}
-        self.replaced: dict[tuple[Any, Any], Node] = {}
+        self.order = _Order(train)
+        self.their_place = {n: i for i, n in enumerate(evaluation.nodes)}
 
     def build(self, chunk: Chunk) -> None:
         taken = self._with_helpers(chunk.first)
@@ -63,6 +64,7 @@ class _Builder:
             o if isinstance(o, Node) else (y if isinstance(y, Node) else None) for o, y in zip(outputs, theirs, strict=True)
         ]
         made = replace_with_call(self.train, path, inputs, nodes, position, meta)
+        self.order.number_before(position)
         for other, node in zip(theirs, made, strict=True):
             if isinstance(other, Node):
                 self.inverse.setdefault(other, node)
@@ -73,17 +75,14 @@ class _Builder:
 
     def _with_helpers(self, nodes: Sequence[Node]) -> list[Node]:
         """A chunk's nodes with the casts and sizes between them, in graph order."""
-        inside = set(nodes)
-        grown = True
-        while grown:
-            grown = False
-            for node in list(inside):
-                for source in node.all_input_nodes:
-                    helper = is_symbolic(source) or cast_chain(source)[0] is not source
-                    if helper and source not in inside and all(u in inside for u in source.users):
-                        inside.add(source)
-                        grown = True
-        return [n for n in self.train.nodes if n in inside]
+        inside, todo = set(nodes), list(nodes)
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                helper = is_symbolic(source) or cast_chain(source)[0] is not source
+                if helper and source not in inside and all(u in inside for u in source.users):
+                    inside.add(source)
+                    todo.append(source)
+        return sorted(inside, key=self.order.of)
 
     def _their_nodes(self, nodes: Sequence[Node], results: Sequence[Any]) -> list[Node]:
         """The other graph's nodes of a chunk, with the casts and sizes they need."""
@@ -97,7 +96,7 @@ class _Builder:
                 todo += [
                     n for n in node.all_input_nodes if n not in wanted and n not in self.inverse and n.op == "call_function"
                 ]
-        return [n for n in self.evaluation.nodes if n in wanted]
+        return sorted(wanted, key=self.their_place.__getitem__)
 
     def _ours(self, theirs: Node) -> Node:
         if theirs in self.inverse:
@@ -105,8 +104,10 @@ class _Builder:
         if theirs.op in ("placeholder", "get_attr"):
             known = self.ours_by_name.get((theirs.op, theirs.target))
             if known is None:
-                with self.train.inserting_before(next(iter(self.train.nodes))):
+                first = next(iter(self.train.nodes))
+                with self.train.inserting_before(first):
                     known = self.train.get_attr(str(theirs.target))
+                self.order.number_before(first)
                 known.meta = dict(theirs.meta)
                 self.ours_by_name[(theirs.op, theirs.target)] = known
             return known
@@ -116,10 +117,9 @@ class _Builder:
 
     def _position(self, chunk: Chunk, taken: Sequence[Node], inputs: Sequence[Node]) -> Node:
         """The first node that may follow the region: behind all its inputs, before its first use."""
-        order = {n: i for i, n in enumerate(self.train.nodes)}
         inside = set(taken)
-        last = max((order[n] for n in [*inputs, *taken]), default=-1)
-        node: Node = list(order)[last].next if last >= 0 else next(iter(self.train.nodes))
+        behind = [*inputs, *taken]
+        node: Node = max(behind, key=self.order.of).next if behind else next(iter(self.train.nodes))
         while node in inside or node.op in ("placeholder", "get_attr"):
             node = node.next
         return node
@@ -152,8 +152,33 @@ class _Builder:
             with self.train.inserting_before(user):
                 cast = self.train.call_function(aten.to.dtype, (new, dtype))
             cast.meta = dict(old.meta)
+            self.order.number_before(user)
             new = cast
         return new
+
+
+class _Order:
+    """The order of a graph's nodes, kept as nodes are inserted: each has a number, a new one one between its neighbours'."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._number = {n: Fraction(i) for i, n in enumerate(graph.nodes)}
+
+    def of(self, node: Node) -> Fraction:
+        """The number of a node."""
+        return self._number[node]
+
+    def number_before(self, node: Node) -> None:
+        """Give the new nodes right before one their numbers."""
+        new = []
+        while node.prev not in self._number and node.prev.op != "root":
+            node = node.prev
+            new.append(node)
+        if not new:
+            return
+        after = self._number[new[0].next]
+        before = self._number.get(node.prev, after - 1)  # nothing stands before the first
+        for place, made in enumerate(reversed(new), 1):
+            self._number[made] = before + (after - before) * place / (len(new) + 1)
 
 
 def _common_meta(nodes: Sequence[Node]) -> dict[str, Any]:
