@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite import __version__
 from rewrite.errors import RewriteError, first_line, named_line
-from rewrite.files.staging import Staging
+from rewrite.files.staging import Staging, explained
 from rewrite.files.writers import Plan, Written, check_free, plan, write
 from rewrite.pipeline.text import parse
 from rewrite.sources.paths import is_there
@@ -131,7 +131,8 @@ class Job:
                     written = write(result, model, target, staging)
             outcome = Outcome(self, program, result, earlier, digest, time.perf_counter() - began, written)
             if self.report is not None:
-                reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
+                with explained(self.report):
+                    reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
         return outcome
 
     def plan(self) -> Plan:

@@ -26,14 +26,24 @@ def test_a_failing_write_leaves_all_as_it_was(model: Path, tmp_path: Path, monke
     Path("out.pt").write_bytes(b"precious")
     before = contents(tmp_path)
 
-    def fill(value: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def fill(value: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fill)
-    assert fails("apply", model, "-p", "dyt", *MLP_INPUTS, "-o", "out.pt") == "cannot write out.pt: No space left on device"
+    error = fails("apply", model, "-p", "dyt", *MLP_INPUTS, "-o", "out.pt")
+    assert error == f"cannot write out.pt: the disk of {tmp_path} has no room for it (No space left on device)"
     assert changed_files(tmp_path, before) == set()
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_a_report_on_a_full_disk_names_the_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("r.json").write_text("precious")
+    before = contents(tmp_path)
+    monkeypatch.setattr(Path, "write_text", _raising(OSError(28, "No space left on device")))
+    error = fails("apply", model, "-p", "dyt", *MLP_INPUTS, "--report", "r.json")
+    assert error == f"cannot write r.json: the disk of {tmp_path} has no room for it (No space left on device)"
+    assert changed_files(tmp_path, before) == set()
 
 
 @pytest.mark.usefixtures("own_passes")
