@@ -101,6 +101,8 @@ def _is_allowed(found: OpOverload) -> bool:
 def function_name(target: Any) -> str:
     """The name under which a file refers to a function of a graph. Raises RewriteError for one that it cannot."""
     if isinstance(target, OpOverload):
+        if not _is_allowed(target):
+            raise RewriteError(f"the program calls {target}, which does more than compute on tensors: no file names it")
         return str(target)
     for prefix, (home, names) in _ON_SIZES.items():
         name = getattr(target, "__name__", "")
