@@ -70,6 +70,7 @@ def test_lower_writes_nothing(name: str) -> None:
     assert outline(program.module) == flags
 
 
+@pytest.mark.xdist_group("EncoderLayer")
 def test_result_has_tensors_of_its_own() -> None:
     program = captured("EncoderLayer")
     result = apply(program, "dyt")
@@ -77,6 +78,7 @@ def test_result_has_tensors_of_its_own() -> None:
     assert ours.isdisjoint({t.data_ptr() for t in tensors_of(result.module)})
 
 
+@pytest.mark.xdist_group("EncoderLayer")
 def test_share_shares_what_no_edit_touched() -> None:
     program = captured("EncoderLayer")
     result = apply(program, "dyt{where=layer.norm1}", share=True)
@@ -86,6 +88,7 @@ def test_share_shares_what_no_edit_touched() -> None:
     assert result.module.get_submodule("layer.linear1").weight is program.module.get_submodule("layer.linear1").weight
 
 
+@pytest.mark.xdist_group("TiedHead")
 def test_without_passes_apply_is_a_copy() -> None:
     program = captured("TiedHead")
     copied = apply(program, [])
@@ -94,6 +97,7 @@ def test_without_passes_apply_is_a_copy() -> None:
     assert apply(program, [], share=True).module.head.weight is program.module.head.weight
 
 
+@pytest.mark.xdist_group("EncoderLayer")
 def test_training_a_result_leaves_the_input_alone() -> None:
     program = captured("EncoderLayer")
     before = bytes_of(program.module)
@@ -115,6 +119,7 @@ def test_example_inputs_are_not_written() -> None:
     assert float(before.min()) < 0
 
 
+@pytest.mark.xdist_group("TiedHead")
 def test_clone_keeps_ties() -> None:
     for share in (False, True):
         module = captured("TiedHead").clone(share=share).module

@@ -162,6 +162,7 @@ def test_prenorm_models_have_no_post_norms(name: str) -> None:
 BERT_POSTS = {f"encoder.layer.{i}.{part}.LayerNorm" for i in (0, 1) for part in ("attention.output", "output")}
 
 
+@pytest.mark.xdist_group("bert")
 def test_post_norms_of_bert() -> None:
     assert {n.path for n in post_norms(captured("bert"), norms(captured("bert")))} == BERT_POSTS
 
@@ -181,6 +182,7 @@ def test_dyt_warns_of_exactly_the_post_norms() -> None:
     assert warnings(captured("vit"), "dyt") == []
 
 
+@pytest.mark.xdist_group("bert")
 def test_dyt_warns_of_the_selected_ones_alone() -> None:
     assert warnings(captured("bert"), "dyt{where=embeddings*}") == []
     (warning,) = warnings(captured("bert"), "dyt{where='encoder.layer.0.*'}")

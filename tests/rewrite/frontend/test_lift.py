@@ -148,6 +148,7 @@ def test_batch_norm_counts_its_batches() -> None:
     assert int(module.bn.num_batches_tracked) == 2
 
 
+@pytest.mark.xdist_group("BatchNormVariants")
 def test_batch_norm_variants() -> None:
     found = layers(captured("BatchNormVariants"))
     assert type(found["plain"]) is nn.BatchNorm2d
@@ -165,6 +166,7 @@ def test_frozen_batch_norm_is_no_batch_norm_layer() -> None:
     assert type(found["moving"]) is nn.BatchNorm2d
 
 
+@pytest.mark.xdist_group("Recurrent")
 def test_lstm_keeps_its_training_switch() -> None:
     found = layers(captured("Recurrent"))
     switches = [layer for layer in found.values() if isinstance(layer, ModalOperator)]
@@ -175,6 +177,7 @@ def test_lstm_keeps_its_training_switch() -> None:
 # -------------------- functions ------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("FunctionalLayerNorm")
 def test_functional_layers_of_free_parameters_stay_operators() -> None:
     found = layers(captured("FunctionalLayerNorm"))
     kinds = [type(layer).__name__ for layer in found.values()]
@@ -517,6 +520,7 @@ def test_near_misses_of_the_stress_cases_are_no_norms() -> None:
     assert norms(captured("LayerNormNearMisses")) == []
 
 
+@pytest.mark.xdist_group("RMSNormSpellings")
 def test_spellings_of_the_stress_case() -> None:
     found = {norm.path: norm for norm in norms(captured("RMSNormSpellings"))}
     expected = [f"norms.{s}" for s in stress.RMSNormSpellings.spellings]

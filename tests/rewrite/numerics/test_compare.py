@@ -41,6 +41,7 @@ def test_program_is_the_same_as_its_model(name: str) -> None:
     assert verify(model_of(name), model_of(name), *case(name).inputs(*CAPTURED))
 
 
+@pytest.mark.xdist_group("EncoderLayer")
 def test_difference_is_found_and_named() -> None:
     program = captured("EncoderLayer")
     other = program.clone()
@@ -109,6 +110,7 @@ def test_outputs_of_another_kind_are_a_problem(other: object) -> None:
     assert result.exact["eval"].problem
 
 
+@pytest.mark.xdist_group("EncoderLayer")
 def test_a_rewritten_program_is_different() -> None:
     program = captured("EncoderLayer")
     assert not verify(program, apply(program, "dyt", verify=False))

@@ -425,6 +425,7 @@ def test_fresh_inputs_are_the_same_for_a_seed_and_leave_the_examples() -> None:
     assert torch.equal(x, kept)
 
 
+@pytest.mark.xdist_group("ZeroHead")
 def test_perturbation_moves_what_is_all_zero_or_one_and_nothing_else() -> None:
     before = captured("ZeroHead")
     state = bytes_of(before.module)
@@ -434,6 +435,7 @@ def test_perturbation_moves_what_is_all_zero_or_one_and_nothing_else() -> None:
     assert untouched(before.module, state)
 
 
+@pytest.mark.xdist_group("ZeroHead")
 def test_error_behind_a_zero_head_is_seen(tmp_path: Path) -> None:
     """The head and a layer scale are zero: without perturbation a wrong body would not show in any output."""
     step = probe(swap("body", lambda old: EqualLinear(old, 2.0)))
@@ -442,6 +444,7 @@ def test_error_behind_a_zero_head_is_seen(tmp_path: Path) -> None:
     assert failed(info.value) == ["same eval", "same train"]
 
 
+@pytest.mark.xdist_group("ZeroHead")
 def test_result_has_no_trace_of_the_perturbation(tmp_path: Path) -> None:
     result = apply(captured("ZeroHead"), probe(swap("body", EqualLinear)), crash_folder=tmp_path)
     assert not result.module.head.weight.any()
