@@ -81,8 +81,10 @@ class _Capture:
         except RewriteError as error:
             try:
                 found = self._native_evaluation()
-            except RewriteError:
-                raise error from None
+            except RewriteError as other:
+                if str(other) == str(error):
+                    raise
+                raise RewriteError(f"{error}; in evaluation mode: {other}") from other
             self.notes.append(f"training mode is not captured, the program trains its evaluation graph: {error}")
             self.untrained = str(error)
             return found

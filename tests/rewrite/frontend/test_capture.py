@@ -140,6 +140,20 @@ def test_data_dependent_branch_is_refused_with_the_reason_of_export() -> None:
     assert re.search(r"\(at .*stress\.py:\d+: .*if x\.sum", str(info.value))
 
 
+class _Neither(nn.Module):
+    """Training wants labels, evaluation branches on its data."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.training and labels is None:
+            raise ValueError("labels, please")
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_neither_mode_can_be_captured_of_says_why_for_both() -> None:
+    with pytest.raises(RewriteError, match=r"labels, please.*; in evaluation mode: .*data-dependent.*if x\.sum\(\)"):
+        capture(_Neither(), (torch.randn(2, 5),))
+
+
 class _Mapped(nn.Module):
     """A mask made by `torch.vmap`: export records the transform's own steps, which raise when they are run."""
 
