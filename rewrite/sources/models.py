@@ -16,7 +16,7 @@ from rewrite.errors import RewriteError, did_you_mean, first_line, named_line
 
 from .bounds import bounded_by, check_folder
 from .compat import import_mended, mended, why_import_fails
-from .paths import is_folder, is_there, refuse_special
+from .paths import is_folder, is_there, refuse_compressed, refuse_special
 from .pickles import current_folder_importable, load_module
 
 FORMS = "a .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory"
@@ -217,6 +217,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not is_there(path):
         raise RewriteError(f"there is no weights file {path}")
     refuse_special(path)
+    refuse_compressed(path)
     try:
         if path.suffix == ".safetensors":
             value = _library("safetensors.torch").load_file(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 from rewrite.errors import RewriteError
@@ -29,6 +30,19 @@ def refuse_special(path: Path) -> None:
     kind = _KINDS.get(stat.S_IFMT(_mode(path) or 0))
     if kind is not None:
         raise RewriteError(f"{path} is {kind}, not a file")
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises RewriteError for a zip whose entries are not stored as they are: torch stores them, and others may grow."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        raise RewriteError(f"{path} is damaged or cut short, or was not written by torch.save") from None
+    if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
+        raise RewriteError(f"{path} is compressed, which torch does not do: save it again with torch.save")
 
 
 def is_folder(path: Path) -> bool:

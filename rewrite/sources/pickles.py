@@ -23,7 +23,7 @@ from rewrite.errors import RewriteError, named_line
 from rewrite.torch_private import PyTorchFileReader
 
 from .compat import mended
-from .paths import refuse_special
+from .paths import refuse_compressed, refuse_special
 from .pickle_scan import Scan, UnreadableError, scan
 from .pickle_vet import REBUILD, TYPED, Allowed, RefusedError, vet
 
@@ -92,6 +92,7 @@ def _check_archive(path: Path) -> None:
         raise RewriteError(f"{path} holds an exported program: rename it to {path.with_suffix('.pt2').name}")
     if "data.pkl" not in names:
         raise RewriteError(f"{path} is a zip archive that was not written by torch.save")
+    refuse_compressed(path)
 
 
 def _vetted(path: Path) -> Sequence[Allowed]:
