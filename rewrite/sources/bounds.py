@@ -42,7 +42,7 @@ def check_folder(folder: Path) -> Held:
         refuse_special(path)
     weights = [path for path in files if path.suffix in (".safetensors", ".bin")]
     held = Held(sum(_tensors(path) for path in weights), sum(path.stat().st_size for path in weights))
-    _check_counts(_config(folder / "config.json"), held, folder)
+    _check_counts(_config(folder / "config.json"), held)
     return held
 
 
@@ -68,13 +68,13 @@ def _config(path: Path) -> Any:
         raise RewriteError(f"{path} is no JSON") from None
 
 
-def _check_counts(config: Any, held: Held, folder: Path) -> None:
+def _check_counts(config: Any, held: Held) -> None:
     """A number of layers is at most that of tensors, generously: a layer may have none."""
     most = 10 * held.tensors + 1000
     for key, value in _numbers(config, ""):
         if _COUNTS.fullmatch(key) and abs(value) > most:
             asked = str(value) if abs(value) < 10**12 else "a number without end"
-            raise RewriteError(f"{folder}/config.json has {key}: {asked}, where its weights are {held.tensors} tensors")
+            raise RewriteError(f"its config.json has {key}: {asked}, where its weights are {held.tensors} tensors")
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, int | float]]:

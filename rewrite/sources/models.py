@@ -108,14 +108,13 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
         raise RewriteError(f"{folder} has no config.json: give {FORMS}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise RewriteError(f"{folder} has a config.json but no safetensors")
-    held = check_folder(folder)
     transformers = _library("transformers")
     bar = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        with bounded_by(held):
+        with bounded_by(check_folder(folder)):
             model, info = _from_pretrained(transformers, folder, trust)
     except RewriteError as error:
         raise RewriteError(f"cannot load {folder}: {error}") from None
