@@ -18,6 +18,7 @@ from .bounds import bounded_by, check_folder
 from .compat import import_mended, mended, why_import_fails
 from .paths import is_folder, is_there, refuse_compressed, refuse_special
 from .pickles import current_folder_importable, load_module
+from .soundness import check_sound
 
 FORMS = "a .pt or .pt2 file, a transformers folder, timm:NAME, hf:FOLDER or package.module:factory"
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.\w+)*):([^\W\d]\w*(?:\.\w+)*)")
@@ -70,7 +71,9 @@ def _read(spec: str, trust: bool) -> Source:
     if path.suffix == ".safetensors":
         raise RewriteError(f"{spec} holds weights alone: name their model, timm:NAME or another, with --weights {spec}")
     if is_there(path) or path.suffix in {".pt", ".pth", ".bin"}:
-        return Source(load_module(path, trust=trust), spec, path, "module")
+        module = load_module(path, trust=trust)
+        check_sound(path, module)
+        return Source(module, spec, path, "module")
     factory = _FACTORY.fullmatch(spec)
     if factory is None:
         raise RewriteError(f"there is no model {spec!r}: give {FORMS}")
