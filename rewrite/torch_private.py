@@ -86,6 +86,9 @@ NAMES: dict[str, str] = {
 #: What is read of objects, by the attribute's name: where, and why.
 ATTRIBUTES: dict[str, str] = {
     "_buffers": "nn.Module: the buffers that are its own, None included, in order",
+    "_constants": "ExportedProgram: emptied before it is written, since its tensors are stored apart from its graph",
+    "_example_inputs": "as above",
+    "_state_dict": "as above",
     "_codegen": "fx.Graph: the containers of an export's output",
     "_guards_code": "ExportedProgram: the conditions on sizes under which a capture holds",
     "_init_fn": "CustomOpDef: the module that defines a custom operator",

@@ -31,15 +31,14 @@ _WEIGHTS, _CONSTANTS = "data/weights/", "data/constants/"
 def write_evaluation(program: Program, writer: Writer, tensors: TensorWriter, examples: bytes) -> None:
     """Write what torch.export.load reads, under the name ``model``, its tensors by ``tensors``."""
     exported = exported_evaluation(program)
+    state, held = dict(exported.state_dict), {name: _tensor(name, value) for name, value in exported.constants.items()}
+    exported._state_dict = {name: _hollow(tensor) for name, tensor in state.items()}  # the graph alone is serialized
+    exported._constants = {name: _hollow(tensor) for name, tensor in held.items()}
+    exported._example_inputs = None
     with keyword_safe():
-        content = serialize.serialize(
-            exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
-        )
-    weights = {name: (tensor, tensors.add(tensor, f"{_WEIGHTS}weight_")) for name, tensor in exported.state_dict.items()}
-    constants = {
-        name: (_tensor(name, value), tensors.add(_tensor(name, value), f"{_CONSTANTS}tensor_"))
-        for name, value in exported.constants.items()
-    }
+        content = serialize.serialize(exported)
+    weights = {name: (tensor, tensors.add(tensor, f"{_WEIGHTS}weight_")) for name, tensor in state.items()}
+    constants = {name: (tensor, tensors.add(tensor, f"{_CONSTANTS}tensor_")) for name, tensor in held.items()}
     writer.add(f"{_WEIGHTS}model_weights_config.json", _config(weights, _WEIGHTS))
     writer.add(f"{_CONSTANTS}model_constants_config.json", _config(constants, _CONSTANTS))
     writer.add("models/model.json", content.exported_program)
@@ -64,6 +63,12 @@ def exported_evaluation(program: Program) -> ExportedProgram:
             region.contexts = tuple(c for c in region.contexts if c[0] != "grad")
     signature = module.interface.signature
     return export_program(module, widened(Inputs(signature, tuple(program.example_args), program.example_kwargs)))
+
+
+def _hollow(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without content, parameter or not as the given one is."""
+    empty = torch.empty(0)
+    return torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
