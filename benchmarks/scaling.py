@@ -131,7 +131,7 @@ def capture_steps(size: int) -> Iterator[Step]:
     yield "switch modes", switch
     dtypes = {torch.float32: torch.bfloat16}
     yield "follow dtypes", lambda: follow_dtypes(training, alignments[0].partner, evaluation, dtypes)
-    yield "lift layers", lambda: lift_layers(training, skeleton, model, [])
+    yield "lift layers", lambda: lift_layers(training, skeleton, model)
     plain = Skeleton(model)
 
     def fresh() -> None:
@@ -177,7 +177,7 @@ def layer_program(model: Blocks) -> Program:
     skeleton = Skeleton(model)
     graph = flat_graph(model, training=False)
     skeleton.index(graph)
-    lift_layers(graph, skeleton, model, [])
+    lift_layers(graph, skeleton, model)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)

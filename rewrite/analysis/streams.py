@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,35 +40,46 @@ class ResidualAdd:
 
 
 def residual_adds(program: Program) -> list[ResidualAdd]:
-    """Every addition one of whose operands was computed from the other, in execution order."""
-    adds = [n for n in program.graph.nodes if packet(n) in _ADDS and _tensor_operands(n)]
-    bits: dict[Node, int] = {}
-    for add in adds:
-        for operand in add.args[:2]:
-            assert isinstance(operand, Node)
-            source = passed_through(program, operand)
-            bits.setdefault(source, 1 << len(bits))
-    upstream: dict[Node, int] = {}
-    for node in program.graph.nodes:
-        above = 0
-        for source in node.all_input_nodes:
-            above |= upstream[source] | bits.get(source, 0)
-        upstream[node] = above
-    found: dict[Node, ResidualAdd] = {}
-    origin: dict[Node, int] = {}
-    for add in adds:
+    """Every addition one of whose operands was computed from the other, in execution order.
+
+    A parallel block adds several branches of one value, one after the other: there the second addition's branch was
+    computed from what the first one started from.
+    """
+    downstream = _Downstream(program)
+    origin: dict[Node, Node] = {}
+    found: list[ResidualAdd] = []
+    for add in program.graph.nodes:
+        if packet(add) not in _ADDS or not _tensor_operands(add):
+            continue
         left, right = (passed_through(program, operand) for operand in add.args[:2] if isinstance(operand, Node))
         for skip, branch in ((left, right), (right, left)):
-            if skip is branch or add in found:
-                continue
-            if upstream[branch] & bits[skip]:
-                origin[add] = bits[skip]
-            elif upstream[branch] & origin.get(skip, 0):  # a parallel block adds several branches of one value
-                origin[add] = origin[skip]
-            else:
-                continue
-            found[add] = ResidualAdd(add, skip, branch)
-    return list(found.values())
+            starts = [skip, *([origin[skip]] if skip in origin else [])]
+            start = next((s for s in starts if skip is not branch and downstream.of(s, branch)), None)
+            if start is not None:
+                origin[add] = start
+                found.append(ResidualAdd(add, skip, branch))
+                break
+    return found
+
+
+class _Downstream:
+    """What was computed from what. Each value is followed no further than the last node that was asked about."""
+
+    def __init__(self, program: Program) -> None:
+        self._order = {node: i for i, node in enumerate(program.graph.nodes)}
+        self._seen: dict[Node, set[Node]] = {}
+        self._ahead: dict[Node, list[tuple[int, Node]]] = {}
+
+    def of(self, source: Node, node: Node) -> bool:
+        """Whether ``node`` was computed from ``source``."""
+        seen, ahead = self._seen.setdefault(source, set()), self._ahead.setdefault(source, [(self._order[source], source)])
+        while ahead and ahead[0][0] <= self._order[node]:
+            _, reached = heapq.heappop(ahead)
+            for user in reached.users:
+                if user not in seen:
+                    seen.add(user)
+                    heapq.heappush(ahead, (self._order[user], user))
+        return node in seen
 
 
 def _tensor_operands(node: Node) -> bool:
@@ -101,16 +113,14 @@ def _carries(layer: nn.Module) -> bool:
 def post_norms(program: Program, norms: Sequence[Norm]) -> list[Norm]:
     """The norms of post-norm blocks: they normalize a residual sum, and the stream goes on from their output."""
     residuals = residual_adds(program)
-    sums = {r.node for r in residuals}
-    skips = {r.skip for r in residuals}
-    found = []
-    for norm in norms:
-        source = norm.node.args[0]
-        if isinstance(source, Node) and passed_through(program, source) in sums and norm.node in skips:
-            found.append(norm)
-    ends = {r.node for r in residuals if r.skip in {norm.node for norm in found}}
-    for norm in norms:  # the last norm of a post-norm model ends the stream: nothing is added to its output any more
-        source = norm.node.args[0]
-        if norm not in found and isinstance(source, Node) and passed_through(program, source) in ends:
-            found.append(norm)
-    return found
+    sums, skips = {r.node for r in residuals}, {r.skip for r in residuals}
+    normed = {norm.node: source for norm in norms if (source := _normed(program, norm)) is not None}
+    found = {node for node, source in normed.items() if source in sums and node in skips}
+    # the last norm of a post-norm model ends the stream: nothing is added to its output any more
+    ends = {r.node for r in residuals if r.skip in found}
+    return [norm for norm in norms if norm.node in found or normed.get(norm.node) in ends]
+
+
+def _normed(program: Program, norm: Norm) -> Node | None:
+    source = norm.node.args[0]
+    return passed_through(program, source) if isinstance(source, Node) else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs, widened
@@ -116,21 +117,34 @@ class _Capture:
 
     def _align(self, graph: Graph, check: Graph, recast: bool, skeleton: Skeleton) -> None:
         """Compare with the check trace: where modes differ make regions, and let dtype literals follow."""
-        alignment = self._timed("check", lambda: align(graph, check))
-        partner = alignment.partner
-        if recast and alignment.chunks and needs_other_graph(alignment):
-            native = self._timed("check", self._native_evaluation)
-            middle = prepared(native.graph_module)
-            between = align(middle, check)
-            alignment = align(graph, middle)
-            partner = {a: between.partner[m] for a, m in alignment.partner.items() if m in between.partner}
-            follow_dtypes(middle, between.partner, check, self.dtypes)
-        _note_modes(alignment)
+        found = self._matched(graph, check, recast)
+        _note_modes(found.alignment)
         skeleton.index(graph)
-        switch_modes(graph, middle if alignment.partner is not partner else check, alignment, skeleton.place)
+        switch_modes(graph, found.evaluation, found.alignment, skeleton.place)
         drop_idle_casts(graph)
         if recast:
-            follow_dtypes(graph, partner, check, self.dtypes)
+            follow_dtypes(graph, found.partner, check, self.dtypes)
+
+    def _matched(self, graph: Graph, check: Graph, recast: bool) -> _Matched:
+        """The graph held against its evaluation: the check trace, or, where that is in another dtype and has operators
+        that the graph lacks, one more trace in the model's own dtype, held against both."""
+        alignment = self._timed("check", lambda: align(graph, check))
+        if not recast or not needs_other_graph(alignment):
+            return _Matched(alignment, check, alignment.partner)
+        native = prepared(self._timed("check", self._native_evaluation).graph_module)
+        direct, recasts = align(graph, native), align(native, check).partner
+        partner = {ours: recasts[theirs] for ours, theirs in direct.partner.items() if theirs in recasts}
+        follow_dtypes(native, recasts, check, self.dtypes)
+        return _Matched(direct, native, partner)
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """A training graph aligned with an evaluation graph of its dtype, and its partners in the check trace."""
+
+    alignment: Alignment
+    evaluation: Graph
+    partner: Mapping[Node, Node]
 
 
 def _other_dtypes(model: nn.Module, inputs: Inputs) -> dict[torch.dtype, torch.dtype]:

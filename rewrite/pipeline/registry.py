@@ -12,6 +12,7 @@ from typing import Any
 
 from rewrite.errors import OptionError, PipelineError, RewriteError
 from rewrite.plugins import PASSES, find, installed, load, provider, unknown
+from rewrite.proof.contract import Contract
 
 from .declared import declared
 from .pass_ import Pass, describe
@@ -104,6 +105,6 @@ def refusal(name: str, found: object) -> str:
         describe(found)
     except RewriteError as error:
         return str(error)
-    if getattr(found().contract(), "is_empty", False):
-        return "its contract promises nothing, so the engine would have nothing to check"
+    if not isinstance(found().contract(), Contract):
+        return "its contract() gives no rewrite.Contract, so the engine would have nothing to check"
     return ""

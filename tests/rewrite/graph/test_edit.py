@@ -12,6 +12,7 @@ from torch.fx import Node
 from rewrite import Program, RewriteError, capture
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import aten, module_path
+from rewrite.proof.frame import differs
 
 DIM = 8
 
@@ -254,3 +255,49 @@ def test_children_of_a_replaced_layer_stay_below_the_new_one() -> None:
     layer = nn.RMSNorm(DIM)
     edit.replace_layer("norm", layer)
     assert type(layer.inner) is nn.ReLU
+
+
+def test_a_refused_replacement_leaves_everything_as_it_was() -> None:
+    """The shape is checked before the first change: module, graph, metadata, journal and the new layer too."""
+    program, edit = small()
+    before, layer = program.clone(), nn.Linear(DIM, 5)
+    old, meta = program.module.norm, [dict(n.meta) for n in program.graph.nodes]
+    for calls_of_it in (None, calls(program, "norm")[1:]):
+        with pytest.raises(RewriteError, match="the new layer at norm gives"):
+            edit.replace_layer("norm", layer, calls_of_it)
+    assert program.module.norm is old
+    assert edit.changes == []
+    assert [dict(n.meta) for n in program.graph.nodes] == meta
+    assert not differs(before, program)
+    assert layer.training
+    assert not layer._modules
+
+
+def test_a_path_without_a_layer_is_refused_by_name() -> None:
+    _, edit = small()
+    with pytest.raises(RewriteError, match="there is no layer at nowhere"):
+        edit.replace_layer("nowhere", nn.ReLU())
+
+
+def test_shapes_are_inferred_once_for_layers_alike() -> None:
+    """By what a layer is, not by which: another width, class or attribute is inferred anew."""
+
+    class Counting(nn.Module):
+        runs = 0
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counting.runs += 1
+            return x * self.weight[:1]
+
+    program, edit = small()
+    widths = (2, 2, 3, 2)
+    for width in widths:
+        edit.replace_layer("norm", Counting(width))
+    assert Counting.runs == 2 * len(set(widths)), "the two calls of the layer have values of their own"
+    again = Editor(program.clone(), "again")
+    again.replace_layer("norm", Counting(3))
+    assert Counting.runs == 2 * len(set(widths)), "copies of a program know it too"

@@ -18,12 +18,11 @@ from rewrite.pipeline.registry import as_passes, get_pass, parse_pipeline, pass_
 
 Install = Callable[..., None]
 
+KEPT = "Contract(forward=SAME, backward=SAME)"
 PASS = """
 from dataclasses import dataclass
 from rewrite import Pass
-
-class Promise:
-    is_empty = {empty}
+from rewrite.proof.contract import SAME, Contract
 
 @dataclass(frozen=True)
 class Probe(Pass):
@@ -32,7 +31,7 @@ class Probe(Pass):
     label: str = ""
 
     def contract(self):
-        return Promise()
+        return {contract}
 
     def run(self, program, context):
         pass
@@ -56,7 +55,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_a_third_party_pass_arrives_as_the_built_in_ones_do(install: Install) -> None:
-    install("probing", "probe = probing:Probe", PASS.format(name="probe", empty=False))
+    install("probing", "probe = probing:Probe", PASS.format(name="probe", contract=KEPT))
     assert {"dyt", "probe"} <= set(pass_names())
     assert get_pass("probe")(alpha=1).text == "probe{alpha=1.0}"
 
@@ -106,12 +105,12 @@ def test_a_built_in_name_cannot_be_taken(install: Install) -> None:
     [
         ("Probe = dict", "is no subclass of rewrite.Pass"),
         ("def Probe(): pass", "is no subclass of rewrite.Pass"),
-        (PASS.format(name="prob", empty=False), "it calls itself 'prob'"),
-        (PASS.format(name="probe", empty=True), "its contract promises nothing"),
-        (PASS.format(name="probe", empty=False).replace("contract", "promise"), r"it has no contract\(\)"),
-        (PASS.format(name="probe", empty=False).replace("def run", "def go"), r"it lacks run\(\)"),
-        (PASS.format(name="probe", empty=False).replace("frozen=True", ""), "dataclass"),
-        (PASS.format(name="probe", empty=False).replace('str = ""', "list = ()"), "is no type of an option"),
+        (PASS.format(name="prob", contract=KEPT), "it calls itself 'prob'"),
+        (PASS.format(name="probe", contract="None"), "gives no rewrite.Contract"),
+        (PASS.format(name="probe", contract=KEPT).replace("contract", "promise"), r"it has no contract\(\)"),
+        (PASS.format(name="probe", contract=KEPT).replace("def run", "def go"), r"it lacks run\(\)"),
+        (PASS.format(name="probe", contract=KEPT).replace("frozen=True", ""), "dataclass"),
+        (PASS.format(name="probe", contract=KEPT).replace('str = ""', "list = ()"), "is no type of an option"),
         ("other = 1", "cannot be imported"),
         ("import nowhere_to_be_found", "cannot be imported: No module named 'nowhere_to_be_found'"),
     ],
@@ -143,7 +142,7 @@ def test_without_an_install_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def probe(install: Install) -> type[Pass]:
-    install("probing", "probe = probing:Probe", PASS.format(name="probe", empty=False))
+    install("probing", "probe = probing:Probe", PASS.format(name="probe", contract=KEPT))
     return get_pass("probe")
 
 
