@@ -95,7 +95,7 @@ def _is_allowed(found: OpOverload) -> bool:
         return not _OF_TORCH.fullmatch(namespace) and not namespace.startswith("_")
     listed = _UNDERSCORED.fullmatch(base) if base.startswith("_") else not _DENIED.fullmatch(base)
     plain = all(_TYPES.fullmatch(str(argument.type)) for argument in found._schema.arguments)
-    return bool(listed) and plain and not any(a.is_out for a in found._schema.arguments)
+    return bool(listed) and plain
 
 
 def function_name(target: Any) -> str:

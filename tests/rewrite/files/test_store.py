@@ -34,6 +34,7 @@ def changed(name: str) -> rewrite.Program:
         "NonPersistentBuffer",
         "NoGradient",
         "SharedUnderTwoNames",
+        "SpectralNormParametrized",
     ],
 )
 def test_the_same_program_comes_back(name: str, tmp_path: Path) -> None:
