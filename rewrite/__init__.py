@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rewrite.pipeline.registry import get_pass, pass_names
     from rewrite.pipeline.run import apply
     from rewrite.pipeline.select import Selector
+    from rewrite.proof.between import prove
     from rewrite.proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
 
     from .errors import RewriteError
@@ -53,6 +54,7 @@ __all__ = [
     "lower",
     "option",
     "pass_names",
+    "prove",
     "save",
     "transform",
     "verify",
@@ -71,6 +73,7 @@ _HOMES = {
     "pipeline.registry": ["get_pass", "pass_names"],
     "pipeline.run": ["apply"],
     "pipeline.select": ["Selector"],
+    "proof.between": ["prove"],
     "proof.contract": ["CLOSE", "ESTIMATE", "NEW", "SAME", "Contract"],
     "surgery": ["transform"],
 }

@@ -20,7 +20,7 @@ WINGS = {
     "numerics": ("graph",),
     "frontend": ("graph", "numerics"),
     "analysis": ("graph", "numerics"),
-    "proof": ("graph", "numerics"),
+    "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
     "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins"),
     "files": ("graph", "sources", "frontend", "lowering"),

@@ -27,6 +27,7 @@ SIGNATURES = {
     "graft": ["program", "model", "*", "verify="],
     "lower": ["program", "backend=", "**options"],
     "export_onnx": ["program", "path", "**options"],
+    "prove": ["before", "after", "*", "contract=", "seed="],
     "get_pass": ["name"],
     "pass_names": [],
 }

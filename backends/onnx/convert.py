@@ -30,6 +30,8 @@ _NOISE = re.compile(
     r"|/onnxruntime_src/.* was false\. "
 )  # the place in its source
 
+_LONG = 3000
+"""So much of an error is read before its noise is taken out."""
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
@@ -71,7 +73,8 @@ def reason(error: BaseException) -> str:
     """The first line of what an error goes back to, without noise, at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return _NOISE.sub("", first_line(error)).strip() or type(error).__name__
+    text = _NOISE.sub("", first_line(error, _LONG)).strip() or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def export_flat(program: Program, flat: Flat, inputs: Sequence[torch.Tensor], dynamic: bool) -> ExportedProgram:

@@ -210,6 +210,33 @@ def export(
     _run(Job(source, _pass_texts(passes or [], pipeline), output, verify=not no_verify, always=True))
 
 
+@app.command()
+def verify(
+    first: Annotated[str, typer.Argument(metavar="A", help=MODEL_HELP, show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another model, as A.", show_default=False)],
+    promise: Annotated[str, typer.Option(metavar="KIND", help="same, forward (gradients left aside) or close.")] = "same",
+    bound: Annotated[
+        float | None, typer.Option(metavar="X", help="For close: the largest relative error of a part.", show_default=False)
+    ] = None,
+    inputs: Inputs = None,
+    seed: Seed = 0,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Hold one model against another: exit code 1 if they differ."""
+    from .job import Model, compared
+    from .render import show_verification
+
+    with _steps() as steps:
+        models = [
+            Model(spec, tuple(inputs or ()) if not spec.endswith(".pt2") else (), None, trust_pickle, seed)
+            for spec in (first, second)
+        ]
+        found = compared(models[0], models[1], promise, bound, steps)
+    show_verification(_console(), found)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
 def _pass_texts(passes: list[str], pipeline: str) -> tuple[str, ...]:
     """The texts of `--pass`, one element each, or that of `--pipeline`."""
     from rewrite.pipeline.text import parse

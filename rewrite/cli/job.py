@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite import __version__
-from rewrite.errors import RewriteError, first_line, named_line
+from rewrite.errors import RewriteError, did_you_mean, first_line, named_line
 from rewrite.files.staging import Staging, explained
 from rewrite.files.writers import Plan, Written, check_free, plan, write
 from rewrite.pipeline.text import parse
@@ -24,7 +24,7 @@ from rewrite.sources.paths import is_there
 if TYPE_CHECKING:
     from torch import nn
 
-    from rewrite.graph.history import Record
+    from rewrite.graph.history import Record, Verification
     from rewrite.graph.program import Program
     from rewrite.pipeline.settings import Listener
 
@@ -269,3 +269,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def compared(first: Model, second: Model, promise: str, bound: float | None, listener: Listener) -> Verification:
+    """Two models held to a kind of promise: same, forward, or close.
+
+    Raises RewriteError for another kind, and where a model cannot be read or captured.
+    """
+    from rewrite.proof.between import prove
+    from rewrite.proof.contract import CLOSE, NEW, SAME, Contract
+
+    kinds = {"same": (SAME, SAME), "forward": (SAME, NEW), "close": (CLOSE, NEW)}
+    if promise not in kinds:
+        raise RewriteError(f"--promise is one of {', '.join(kinds)}, not {promise!r}{did_you_mean(promise, kinds)}")
+    contract = Contract(*kinds[promise], bound=bound)
+    (before, _), (after, _) = first.read(listener), second.read(listener)
+    listener("proving")
+    return prove(before, after, contract=contract, seed=first.seed)

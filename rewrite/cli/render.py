@@ -49,6 +49,15 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         console.print(Text.assemble("report ", (str(outcome.job.report), "bold green")), soft_wrap=True)
 
 
+def show_verification(console: Console, found: Verification) -> None:
+    """Each check of two models by name, with what it says, and whether all hold."""
+    for check in found.checks:
+        mark, style = ("holds ", "green") if check.passed else ("BROKEN", "bold red")
+        console.print(
+            Text.assemble((mark, style), f" {check.name}", f": {check.detail}" * bool(check.detail)), soft_wrap=True
+        )
+
+
 def _show_written(console: Console, outcome: Outcome) -> None:
     written = outcome.written
     if written is None:
@@ -135,10 +144,7 @@ def _proven(verification: Verification | None) -> Text:
 def _check(check: Check) -> Text:
     if check.detail.startswith("not checked"):
         return Text(f"{check.name} {check.detail}", "yellow")
-    if check.error is not None:
-        told = f" {check.error:.1e}" if check.error else " bit for bit"
-    else:
-        told = f" ({check.detail})" if check.detail else ""
+    told = f" ({check.detail})" if check.detail else ""
     return Text.assemble((check.name, "green" if check.passed else "red"), told)
 
 

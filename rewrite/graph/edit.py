@@ -21,11 +21,12 @@ from rewrite.torch_private import pytree
 
 from . import meta
 from .fakes import fake_value
+from .maps import Compute, ParameterMap
 from .nodes import attribute
 from .program import Container, Program
 from .tree import Places
 
-Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter"]
+Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter", "set attribute", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Change:
     """One change of a program: what was done, to which node and path, and the layer that stood there before.
 
     ``nodes`` are the names of all nodes that it touched: the calls of a replaced layer, the users that were rewired.
+    ``map`` says how a parameter that was set follows from those before the pass.
     """
 
     kind: Kind
@@ -42,6 +44,7 @@ class Change:
     old: nn.Module | None = None
     new: nn.Module | None = None
     nodes: tuple[str, ...] = ()
+    map: ParameterMap | None = None
 
 
 class Editor:
@@ -55,6 +58,7 @@ class Editor:
         self._places = Places(program.module)
         self._calls = Calls(program.graph)
         self._numbers: Counter[str] = Counter()
+        self._maps: dict[str, ParameterMap] = {}
 
     def replace_layer(self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None) -> None:
         """Replace the layer at ``path`` by ``layer``, for all its calls or for some.
@@ -81,6 +85,7 @@ class Editor:
             self._sign(node, [node])
         names = tuple(n.name for n in calls)
         self._note("replace layer", target, ", ".join(names), f"{_kind(old)} -> {_kind(layer)}", names, old, layer)
+        self._repoint(path)
 
     def insert_layer(self, path: str, layer: nn.Module, inputs: Sequence[Argument], *, after: Node) -> Node:
         """Call a new layer at a free ``path`` on ``inputs``, right after a node; the node of its value."""
@@ -118,19 +123,95 @@ class Editor:
         self.graph.erase_node(node)
         self._note("remove", path, node.name, "", (node.name,))
 
-    def set_parameter(self, path: str, value: torch.Tensor) -> None:
-        """Give the parameter or buffer at ``path`` a new tensor; all places that share it get the new one."""
+    def set_parameter(self, path: str, value: torch.Tensor | Compute, *sources: str) -> None:
+        """Set the parameter or buffer at ``path``, to a tensor or to ``value(*sources)``; all places that share it follow.
+
+        Given as a function of other parameters (their names as they are now), the change can be proven: the proof
+        evaluates it in float64 and pulls gradients back to the sources. It then may have another shape, and one that is
+        not there yet is made, as a parameter if a source is one.
+
+        Raises RewriteError where there is no such layer, and no such parameter either unless ``value`` is a function.
+        """
+        made = None if isinstance(value, torch.Tensor) else self._map(value, sources)
+        old = attribute(self.program.module, path)
+        if old is None and made is None:
+            raise RewriteError(f"there is no parameter or buffer {path}")
+        given = [self._tensor(source) for source in sources]
+        with torch.no_grad():
+            new = value.detach().clone() if isinstance(value, torch.Tensor) else value(*given).detach().clone()
+        trained = old.requires_grad if isinstance(old, torch.Tensor) else any(t.requires_grad for t in given)
+        is_parameter = isinstance(old, nn.Parameter) if old is not None else any(isinstance(t, nn.Parameter) for t in given)
+        self._hold(path, nn.Parameter(new, trained) if is_parameter else new)
+        shape = tuple(old.shape) if isinstance(old, torch.Tensor) else "none"
+        self._note("set parameter", path, "", f"{shape} -> {tuple(new.shape)}", map=made)
+        if made is not None:
+            self._maps[path] = made
+
+    def set_attribute(self, path: str, name: str, value: object) -> None:
+        """Set a plain attribute of the layer at ``path``, such as the ``in_features`` of a layer whose weight changed."""
+        layer = attribute(self.program.module, path)
+        if not isinstance(layer, nn.Module) or name in layer._parameters or name in layer._buffers:
+            raise RewriteError(f"there is no layer at {path} with a plain attribute {name}")
+        old = getattr(layer, name, None)
+        setattr(layer, name, value)
+        self._note("set attribute", path, "", f"{name}: {old} -> {value}")
+
+    def sweep(self) -> None:
+        """Take the layers that nothing calls any more, since their calls were removed, out of the module tree."""
+        removed = dict.fromkeys(c.path for c in self.changes if c.kind == "remove" and c.path)
+        for path in removed:
+            if not self._calls.of(path) and isinstance(attribute(self.program.module, path), nn.Module):
+                parent, _, name = path.rpartition(".")
+                holder = attribute(self.program.module, parent) if parent else self.program.module
+                del holder._modules[name]
+                self._repoint(path)
+                self._note("sweep", path, "", "nothing calls it any more")
+
+    def revalue(self) -> None:
+        """Infer the values of all nodes anew, after parameters changed their shapes."""
+        for node in self.graph.nodes:
+            if node.op in ("call_function", "call_module"):
+                meta.VALUE.set(node, self.value_of(node))
+            elif node.op == "get_attr":
+                found = attribute(self.program.module, str(node.target))
+                old = meta.VALUE.of(node)
+                if isinstance(found, torch.Tensor) and isinstance(old, torch.Tensor) and found.shape != old.shape:
+                    meta.VALUE.set(node, old.new_empty(tuple(found.shape)))
+
+    def _repoint(self, path: str) -> None:
+        """Where code took its dtype or device from a parameter that a layer does not have any more, another one gives it."""
+        for node in self.graph.nodes:
+            if node.op != "get_attr" or not str(node.target).startswith(f"{path}."):
+                continue
+            if attribute(self.program.module, str(node.target)) is None:
+                like = meta.VALUE.of(node)
+                named = self.program.module.named_parameters()
+                node.target = next(n for n, p in named if (p.dtype, p.device) == (like.dtype, like.device))
+                meta.VALUE.set(node, like.new_empty(tuple(self._tensor(node.target).shape)))
+                self._note("rewire", "", node.name, f"takes dtype and device from {node.target}", (node.name,))
+
+    def _map(self, compute: Compute, sources: Sequence[str]) -> ParameterMap:
+        return ParameterMap(compute, tuple(self._maps.get(source, source) for source in sources))
+
+    def _tensor(self, path: str) -> torch.Tensor:
+        found = attribute(self.program.module, path)
+        if not isinstance(found, torch.Tensor):
+            raise RewriteError(f"there is no parameter or buffer {path}")
+        return found
+
+    def _hold(self, path: str, new: torch.Tensor) -> None:
         parent, _, name = path.rpartition(".")
         holder = attribute(self.program.module, parent) if parent else self.program.module
-        kinds: list[dict[str, Any]] = [holder._parameters, holder._buffers] if isinstance(holder, nn.Module) else []
-        held = next((h for h in kinds if h.get(name) is not None), {})
-        old = held.get(name)
-        if old is None:
-            raise RewriteError(f"there is no parameter or buffer {path}")
-        new = value.detach().clone()
-        new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        self._places.set(held, name, new)
-        self._note("set parameter", path, "", f"{tuple(old.shape)} -> {tuple(new.shape)}")
+        if not isinstance(holder, nn.Module):
+            raise RewriteError(f"there is no layer at {parent}")
+        kinds: list[dict[str, Any]] = [holder._parameters, holder._buffers]
+        held = next((h for h in kinds if h.get(name) is not None), None)
+        if held is not None:
+            self._places.set(held, name, new)
+        elif isinstance(new, nn.Parameter):
+            holder._parameters[name] = new
+        else:
+            holder._buffers[name] = new
 
     def value_of(self, node: Node) -> Any:
         """The FakeTensor value of a node, computed from those of its inputs."""
@@ -154,8 +235,9 @@ class Editor:
         nodes: tuple[str, ...] = (),
         old: nn.Module | None = None,
         new: nn.Module | None = None,
+        map: ParameterMap | None = None,
     ) -> None:
-        self.changes.append(Change(kind, path, node, detail, old, new, nodes))
+        self.changes.append(Change(kind, path, node, detail, old, new, nodes, map))
 
     def _checked(self, node: Node, layer: nn.Module) -> Any:
         """The value of a node if it called ``layer``, which must have the shape and dtype that it has now."""

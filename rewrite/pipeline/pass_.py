@@ -11,11 +11,12 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from rewrite.errors import OptionError, RewriteError, did_you_mean
+from rewrite.proof.contract import NoFormulaError
 
 from .option_types import Bounds, OptionType, bounded, option_type
 from .text import Element, print_pipeline
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from rewrite.graph.program import Program
     from rewrite.proof.contract import Contract
+    from rewrite.proof.part import Part
 
     from .context import Context
 
@@ -81,11 +83,31 @@ class Pass(abc.ABC):
         """Rewrite the program in place, through the edit layer only."""
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """The method's formula for an inserted layer, written apart from it: the proof compares the two.
+        """The method's formula for a new layer, written apart from it: the proof compares the two, gradients included.
 
-        A pass whose forward is CLOSE or NEW must have it. `new` holds the parameters, `old` is what stood there.
+        A pass whose forward is CLOSE or NEW must have it, or `formula`. `new` holds the parameters and cannot be called,
+        `old` is what stood there.
         """
-        raise NotImplementedError(f"pass {self.name} has no reference formula")
+        raise NoFormulaError(f"pass {self.name} gives no formula of what it inserts: it needs reference() or formula()")
+
+    def formula(self, part: Part, *inputs: torch.Tensor) -> Any:
+        """The method's formula for a part of the graph: its outputs, from the values that flow into it.
+
+        For a pass whose parts are more than one layer each; by default `reference` is asked for the one layer. Inputs
+        come in the order in which the graph makes them, for a single layer in that of its arguments.
+        """
+        pair = part.replaced
+        if pair is None:
+            raise NoFormulaError(f"pass {self.name} gives no formula of a part with several layers: it needs formula()")
+        return self.reference(*pair, *inputs)
+
+    def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
+        """For a gradient that is an ESTIMATE: what the method says it is, for each input of the part (its mean, if drawn).
+
+        Returns the gradients in the order of the inputs, None for one without, or the pair of these and of a dict with the
+        gradients of parameters by name.
+        """
+        raise NoFormulaError(f"pass {self.name} gives no formula of its gradient: it needs gradient()")
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:

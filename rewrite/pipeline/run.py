@@ -21,7 +21,7 @@ from rewrite.graph.program import Program, tensors_of
 from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError
 from rewrite.numerics.probes import light_copy
 from rewrite.proof.frame import differs
-from rewrite.proof.prove import Claim, prove
+from rewrite.proof.prove import Claim, proof_of
 from rewrite.torch_private import pytree
 
 from .context import Context
@@ -81,7 +81,7 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
     if settings.verify:
         settings.listener(f"verifying {step.text}")
         rerun = functools.partial(rewritten, step=step, settings=settings)
-        verification = prove(Claim(program, result, context.edit.changes, step, settings.seed, rerun))
+        verification = proof_of(Claim(program, result, context.edit.changes, step, settings.seed, rerun))
     record = Record(
         step.name,
         step.text,
@@ -105,6 +105,8 @@ def edited(program: Program, step: Pass, settings: Settings) -> Context:
     """Run a pass on ``program`` itself; the context that the pass left."""
     context = Context(Editor(program, step.text), settings.seed, settings.data)
     step.run(program, context)
+    if any(c.map is not None for c in context.edit.changes):
+        context.edit.revalue()
     program.graph.lint()
     program.module.recompile()
     return context

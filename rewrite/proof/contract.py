@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
-    from torch import nn
+
+    from .part import Part
 
 
 class Promise(enum.Enum):
@@ -31,10 +34,18 @@ _BACKWARD = {SAME, ESTIMATE, NEW}
 
 @dataclass(frozen=True)
 class Contract:
-    """The promise of a pass for the forward (SAME, CLOSE, NEW) and for the gradient (SAME, ESTIMATE, NEW)."""
+    """The promise of a pass for the forward (SAME, CLOSE, NEW) and for the gradient (SAME, ESTIMATE, NEW).
+
+    ``bound`` is the largest relative error (root mean square) of a CLOSE part at the values that flow into it, or of an
+    ESTIMATE's gradient; ``cosine`` the smallest cosine of that gradient with the true one. ``evaluation_only`` promises
+    nothing of training mode.
+    """
 
     forward: Promise
     backward: Promise
+    bound: float | None = None
+    cosine: float | None = None
+    evaluation_only: bool = False
 
     def __post_init__(self) -> None:
         if self.forward not in _FORWARD:
@@ -44,13 +55,30 @@ class Contract:
         if self.forward is not SAME and self.backward is SAME:
             raise ValueError("the gradient of another forward cannot be the same: backward is NEW")
 
+    @property
+    def error_bound(self) -> float:
+        """The bound that counts: the contract's own, or the loosest that there is."""
+        return self.bound if self.bound is not None else (0.6 if self.forward is CLOSE else 0.5)
+
+    @property
+    def cosine_bound(self) -> float:
+        """The smallest cosine of an estimated gradient with the true one that counts: the contract's own, or 0.9."""
+        return self.cosine if self.cosine is not None else 0.9
+
     def __str__(self) -> str:
-        return f"forward {self.forward.value}, backward {self.backward.value}"
+        text = f"forward {self.forward.value}, backward {self.backward.value}"
+        return f"{text}, evaluation only" if self.evaluation_only else text
+
+
+class NoFormulaError(Exception):
+    """A pass does not say what the proof is to hold its result against."""
 
 
 class Promising(Protocol):
-    """What the proof needs of a pass: its contract, and the formula of what it inserts."""
+    """What the proof needs of a pass: its contract, and the method's own formulas of what it changes."""
 
     def contract(self) -> Contract: ...
 
-    def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor: ...
+    def formula(self, part: Part, *inputs: torch.Tensor) -> Any: ...
+
+    def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any: ...

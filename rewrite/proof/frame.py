@@ -44,6 +44,8 @@ class Edits:
     made: frozenset[str] = frozenset()
     removed: frozenset[str] = frozenset()
     rewired: frozenset[str] = frozenset()
+    swept: frozenset[str] = frozenset()
+    attributes: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, after: Program, changes: Sequence[Change]) -> Edits:
@@ -55,7 +57,10 @@ class Edits:
         def touched(kind: Kind) -> frozenset[str]:
             return frozenset(name for c in changes if c.kind == kind for name in c.nodes)
 
-        return cls(layers, _above(layers), tensors, called, touched("insert"), touched("remove"), touched("rewire"))
+        swept = frozenset(c.path for c in changes if c.kind == "sweep")
+        attributes = frozenset(f"{c.path}.{c.detail.partition(':')[0]}" for c in changes if c.kind == "set attribute")
+        nodes = (touched("insert"), touched("remove"), touched("rewire"))
+        return cls(layers, _above(layers), tensors, called, *nodes, swept, attributes)
 
 
 def _aliases(names: Mapping[int, Sequence[str]], paths: Sequence[str]) -> frozenset[str]:
@@ -127,6 +132,8 @@ class _Frame:
                     yield Difference(name, how)
 
     def _node(self, old: Node, new: Node) -> str | None:
+        if new.op == "get_attr" and new.name in self.edits.rewired:
+            return None
         target = self._recalled(old, new) or self.same.value(old.target, new.target)
         if old.op != new.op or not target:
             return f"{old.op} {old.target} became {new.op} {new.target}"
@@ -155,11 +162,13 @@ class _Frame:
                 yield from self._modules(_join(path, name), before, child, free)
 
     def _module(self, path: str, old: nn.Module, new: nn.Module) -> Iterator[Difference]:
-        tensors = [*old._parameters, *old._buffers] if self.edits.tensors else []
-        how = self.same.unlike(old, new, [name for name in tensors if _join(path, name) in self.edits.tensors])
+        known = self.edits.tensors | self.edits.attributes
+        names = [*new._parameters, *new._buffers, *vars(new)] if known else []
+        how = self.same.unlike(old, new, [name for name in names if _join(path, name) in known])
         if how is not None:
             yield Difference(path, how)
-        ours, theirs = list(old._modules), [n for n in new._modules if n in old._modules]
+        ours = [n for n in old._modules if n in new._modules or _join(path, n) not in self.edits.swept]
+        theirs = [n for n in new._modules if n in old._modules]
         if ours != theirs:
             yield Difference(path, "a module in it is gone or stands in another place")
         for name, child in new._modules.items():

@@ -31,22 +31,22 @@ class Sameness:
         self._origin: dict[int, tuple[Any, Any]] = {}
 
     def unlike(self, a: nn.Module, b: nn.Module, besides: Container[str] = ()) -> str | None:
-        """In what ``b`` differs from ``a``, children and the tensors named in ``besides`` left aside; None if in nothing."""
+        """In what ``b`` differs from ``a``, children and what ``besides`` names left aside; None if in nothing."""
         if _kind(a) is not _kind(b):
             return f"{_kind(a).__qualname__} became {_kind(b).__qualname__}"
         if not self._paired(a, b):
             return "what was one module is two, or the other way"
         for kind in ("_parameters", "_buffers"):
-            ours, theirs = getattr(a, kind), getattr(b, kind)
+            ours, theirs = ({k: v for k, v in getattr(m, kind).items() if k not in besides} for m in (a, b))
             if list(ours) != list(theirs):
                 return f"{kind[1:]} {', '.join(ours) or 'none'} became {', '.join(theirs) or 'none'}"
             for name, tensor in ours.items():
-                if name not in besides and not self.tensor(tensor, theirs[name]):
+                if not self.tensor(tensor, theirs[name]):
                     return f"{kind[1:-1]} {name} changed"
-        return self._unlike_attributes(a, b)
+        return self._unlike_attributes(a, b, besides)
 
-    def _unlike_attributes(self, a: nn.Module, b: nn.Module) -> str | None:
-        ours, theirs = _attributes(a), _attributes(b)
+    def _unlike_attributes(self, a: nn.Module, b: nn.Module, besides: Container[str]) -> str | None:
+        ours, theirs = ({k: v for k, v in _attributes(m).items() if k not in besides} for m in (a, b))
         if ours.keys() != theirs.keys():
             return f"attribute {min(ours.keys() ^ theirs.keys())} came or went"
         changed = (name for name, value in ours.items() if not self.value(value, theirs[name]))

@@ -22,12 +22,17 @@ def structure(before: Program, after: Program, changes: Sequence[Change]) -> Ite
     after.graph.lint()
     yield Check("graph", True, "lint")
     yield _check_values(after)
+    yield from outputs_and_signature(before, after)
+    yield _ties(before, after)
+    yield _state(before, after, changes)
+
+
+def outputs_and_signature(before: Program, after: Program) -> Iterator[Check]:
+    """Whether both take the same arguments and give outputs of the same shapes and dtypes."""
     old, new = _output_values(before), _output_values(after)
     yield Check("outputs", old == new, "shapes and dtypes" if old == new else f"{new} instead of {old}")
     same = before.module.interface.signature == after.module.interface.signature
     yield Check("signature", same)
-    yield _ties(before, after)
-    yield _state(before, after, changes)
 
 
 def _check_values(program: Program) -> Check:

@@ -463,7 +463,7 @@ WRONG: list[tuple[str, Pass, str]] = [
     ("partial", IgnoresWhere(), "where is never asked"),
     ("partial", Overreaches(), "changed act2, which it does not select"),
     ("proof", WrongFormula(), "formula"),
-    ("proof", BreaksItsWord(), "same eval"),
+    ("proof", BreaksItsWord(), "same"),
     ("twice", Again(), "in the second run"),
     ("copied", OneForAll(), "shared with a deep copy"),
     ("copied", Borrows(), "shared with the program before"),

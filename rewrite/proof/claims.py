@@ -1,0 +1,172 @@
+"""Two graphs held against each other: which values are claimed to be equal, which of these claims follow, which need a test.
+
+A node of the graph after is claimed to equal the node of its name before, where shape and dtype agree; the name is only a
+hint. The claim follows (the node is *free*) if both are one operation with the same literals, the same layer and operands
+that are claimed equal. What does not follow is a *test*. A user with another operand claims that both operands are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.graph.nodes import attribute, leaves
+from rewrite.graph.ops import device_of, dtype_of
+from rewrite.graph.program import Program
+from rewrite.torch_private import pytree
+
+from .identity import Sameness
+
+Pair = tuple[Node, Node]
+"""A node before, and the node after that is claimed to have its value."""
+
+
+@dataclass
+class Claims:
+    """The claims about two programs. ``partner`` leads from a node after to the node of its name before."""
+
+    before: Program
+    after: Program
+    partner: dict[Node, Node] = field(default_factory=dict)
+    tests: dict[Pair, str] = field(default_factory=dict)
+    dropped: set[Pair] = field(default_factory=set)
+    _known: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, before: Program, after: Program) -> Claims:
+        """All claims about a program before and after a pass, from their graphs alone."""
+        made = cls(before, after)
+        made.settle()
+        return made
+
+    def settle(self) -> None:
+        """Find partners and tests anew, with the dropped claims left out."""
+        named = {node.name: node for node in self.before.graph.nodes}
+        self.partner.clear()
+        self.tests.clear()
+        for new in self.after.graph.nodes:
+            old = named.get(new.name)
+            if old is None or (old, new) in self.dropped or new.op == "output" or not self._comparable(old, new):
+                continue
+            self.partner[new] = old
+        for new, old in list(self.partner.items()):
+            self._examine(old, new)
+        for old, new in self.final():
+            if not self.is_claimed(old, new):
+                self.tests.setdefault((old, new), "an output")
+
+    def drop(self, pair: Pair) -> None:
+        """Withdraw a claim that does not hold: what uses it has to be tested instead."""
+        self.dropped.add(pair)
+
+    def final(self) -> list[Pair]:
+        """The outputs of both programs: that they are equal is what all else is for, and is never dropped."""
+        return list(self._operands(self.before.graph.output_node(), self.after.graph.output_node()))
+
+    def is_claimed(self, old: Node, new: Node) -> bool:
+        """Whether two nodes are claimed to have the same value, by their name."""
+        return self.partner.get(new) is old
+
+    def _comparable(self, old: Node, new: Node) -> bool:
+        if old.op == "placeholder" or new.op == "placeholder":
+            return old.op == new.op and _described(old) == _described(new)
+        if gives_kind_alone(old) and gives_kind_alone(new):
+            return bool(_kind_of(old) == _kind_of(new))
+        if old.op == "get_attr" or new.op == "get_attr":
+            return old.op == new.op and old.target == new.target and self._same_attribute(old)
+        return bool(_described(old) == _described(new))
+
+    def _same_attribute(self, old: Node) -> bool:
+        left, right = (attribute(program.module, str(old.target)) for program in (self.before, self.after))
+        return not self._difference_of(left, right)
+
+    def _examine(self, old: Node, new: Node) -> None:
+        if new.op in ("placeholder", "get_attr"):
+            return
+        reason = self._difference(old, new)
+        for left, right in self._operands(old, new) if not reason else ():
+            if not self.is_claimed(left, right) and not self._claim(left, right, "an operand that was rewired"):
+                reason = f"other operands: {right.name} instead of {left.name}"
+        if reason and isinstance(new.meta.get("val"), torch.Tensor | tuple | list):
+            self.tests[old, new] = reason
+        elif reason:
+            del self.partner[new]  # a size or a dtype is nothing to run: what uses it is tested instead
+
+    def _claim(self, old: Node, new: Node, reason: str) -> bool:
+        """Claim that two operands are equal, to be tested; False if they cannot be."""
+        if self.is_claimed(old, new) or (old, new) in self.tests:
+            return True
+        if (old, new) in self.dropped or not is_tensor(old) or _described(old) != _described(new):
+            return False
+        if "get_attr" in (old.op, new.op) and old.op == new.op:
+            return False
+        self.tests[old, new] = reason
+        return True
+
+    def _operands(self, old: Node, new: Node) -> Iterator[Pair]:
+        left, right = (list(leaves((n.args, dict(n.kwargs)))) for n in (old, new))
+        for x, y in zip(left, right, strict=False):
+            if isinstance(x, Node) and isinstance(y, Node):
+                yield x, y
+
+    def _difference(self, old: Node, new: Node) -> str:
+        """Why two nodes are not one operation, apart from their operands; empty if they are."""
+        if old.op != new.op:
+            return f"{new.op} instead of {old.op}"
+        if old.op == "call_function" and old.target is not new.target:
+            return f"{new.target} instead of {old.target}"
+        left, right = ([_outline(v) for v in leaves((n.args, dict(n.kwargs)))] for n in (old, new))
+        if list(old.kwargs) != list(new.kwargs) or not Sameness().value(left, right):
+            return "other arguments"
+        return self._layer_difference(old, new) if old.op == "call_module" else ""
+
+    def _layer_difference(self, old: Node, new: Node) -> str:
+        return self._difference_of(self.before.layer(old), self.after.layer(new))
+
+    def _difference_of(self, old: Any, new: Any) -> str:
+        """In what two layers or tensors differ, all below them included; empty if in nothing. Asked once for each pair."""
+        key = (id(old), id(new))
+        if key not in self._known:
+            self._known[key] = _difference(old, new)
+        return self._known[key]
+
+
+def _difference(old: Any, new: Any) -> str:
+    modules = isinstance(old, nn.Module) and isinstance(new, nn.Module)
+    found = Sameness().unlike(old, new) if modules else None
+    return found or ("" if Sameness().value(old, new) else "something below it changed" if modules else "other values")
+
+
+def gives_kind_alone(node: Node) -> bool:
+    """Whether a node reads a tensor of the model for its dtype or device alone."""
+    return node.op == "get_attr" and bool(node.users) and all(user.target in (dtype_of, device_of) for user in node.users)
+
+
+def _kind_of(node: Node) -> Any:
+    value = node.meta.get("val")
+    return (value.dtype, value.device) if isinstance(value, torch.Tensor) else None
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether a node yields one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _outline(value: Any) -> Any:
+    return Node if isinstance(value, Node) else value
+
+
+def _described(node: Node) -> Any:
+    value = node.meta.get("val")
+    return pytree.tree_map(_described_leaf, value)
+
+
+def _described_leaf(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (tuple(str(s) for s in value.shape), str(value.dtype))
+    return str(value)

@@ -1,0 +1,294 @@
+"""One form of a cut as a function: its nodes run on given border values and on tensors of its own, exactly or not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.graph.maps import ParameterMap
+from rewrite.graph.nodes import attribute
+from rewrite.numerics.exact import ExactArithmetic
+from rewrite.torch_private import TorchDispatchMode, pytree
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a form is run: in exact arithmetic or its own dtype (or ``dtype``), training or not, in which contexts.
+
+    The last of ``calls`` calls counts. Parameters are moved by normal noise of ``moved`` times their own scale, the same in
+    both forms: what holds a value that follows from an old parameter shows itself. ``draw`` numbers the random numbers of a
+    run, where ``seed`` stands for all else.
+    """
+
+    exact: bool = True
+    training: bool = False
+    gradients: bool = True
+    dtype: torch.dtype | None = None
+    autocast: bool = False
+    calls: int = 1
+    moved: float = 0.0
+    seed: int = 0
+    draw: int = 0
+
+
+@dataclass
+class Outcome:
+    """What one run of a form gave: output tensors, gradients by the name of a border or parameter, state afterwards."""
+
+    outputs: list[torch.Tensor]
+    requires_grad: list[bool]
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    draws: int = 0
+
+
+class Form:
+    """The nodes of one side of a cut, with copies of the layers and tensors that they use."""
+
+    def __init__(self, world: World, nodes: Sequence[Node], border: Sequence[Node], outputs: Sequence[Node]) -> None:
+        self.world = world
+        self.nodes = nodes
+        self.border = border
+        self.outputs = outputs
+        self.last_use = _last_uses(nodes, outputs)
+
+    @classmethod
+    def of(
+        cls, world: World, nodes: Sequence[Node], border: Sequence[Node], outputs: Sequence[tuple[Node, Node]], side: int = 1
+    ) -> Form:
+        """The form whose outputs are the new nodes of some pairs, or the old ones for ``side`` 0."""
+        return cls(world, nodes, border, [pair[side] for pair in outputs])
+
+    def run(self, values: Sequence[torch.Tensor], setting: Setting) -> Outcome:
+        """One forward, and if asked for one backward, of the form on border values; the program is left as it is."""
+        tensors = TensorsOf(self.world, self.nodes, setting)
+        inputs = [_given(value, setting) for value in values]
+        handed = [_leaf(value, setting) for value in inputs]
+        draws = SeededDraws(setting.seed + setting.draw)
+        with ExitStack() as stack:
+            for context in _contexts(setting, handed):
+                stack.enter_context(context)
+            stack.enter_context(draws)
+            for _ in range(setting.calls - 1):
+                self.execute([value.detach() for value in handed], tensors, setting)
+            found = self.execute(handed, tensors, setting)
+            gradients = _gradients(found, handed, tensors.leaves, setting) if setting.gradients else {}
+        return Outcome(
+            [t.detach() for t in found],
+            [t.requires_grad for t in found],
+            gradients,
+            tensors.state(),
+            [t.detach() for t in handed],
+            draws.count,
+        )
+
+    def layers(self) -> Iterator[tuple[Node, nn.Module]]:
+        """The calls of layers among the nodes."""
+        for node in self.nodes:
+            if node.op == "call_module":
+                yield node, attribute(self.world.module, str(node.target))
+
+    def execute(self, values: Sequence[torch.Tensor], tensors: TensorsOf, setting: Setting) -> list[torch.Tensor]:
+        """The output tensors, node by node."""
+        env: dict[Node, Any] = dict(zip(self.border, values, strict=True))
+        for node in self.nodes:
+            args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+            if node.op == "get_attr":
+                env[node] = tensors.fetch(str(node.target))
+            elif node.op == "call_module":
+                env[node] = tensors.layer(str(node.target))(*args, **kwargs)
+            elif node.op == "call_function":
+                assert callable(node.target)
+                env[node] = node.target(*args, **kwargs)
+            else:
+                raise KeyError(f"{node.name} is an input that the two programs do not share")
+            for dead in self.last_use.get(node, ()):
+                env.pop(dead, None)
+        return [t for n in self.outputs for t in pytree.tree_leaves(env[n]) if isinstance(t, torch.Tensor)]
+
+
+class SeededDraws(TorchDispatchMode):
+    """Seeds the k-th random draw by (seed, k), so that two forms draw alike."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = (kwargs or {}).get("generator") is not None
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and not own:
+            torch.manual_seed(self.seed * 1_000_003 + self.count)
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class World:
+    """One of the two programs: its module, the names of its tensors, and the maps that lead to its parameters.
+
+    ``origin`` is the world before the pass, in whose tensors the maps are.
+    """
+
+    module: nn.Module
+    names: Mapping[int, str]
+    maps: Mapping[str, ParameterMap] = field(default_factory=dict)
+    origin: World | None = None
+
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """The names of all tensors."""
+        return frozenset(self.names.values())
+
+    @classmethod
+    def of(cls, module: nn.Module, maps: Mapping[str, ParameterMap] | None = None, origin: World | None = None) -> World:
+        """The world of a module; tied tensors go by their first name."""
+        names: dict[int, str] = {}
+        for name, tensor in [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]:
+            names.setdefault(id(tensor), name)
+        return cls(module, names, maps or {}, origin)
+
+
+class TensorsOf:
+    """Copies of the layers and tensors that some nodes use, each once; the leaves of the gradient by their names before.
+
+    A parameter with a map is computed from copies of its sources, so that its gradient is theirs.
+    """
+
+    def __init__(
+        self, world: World, nodes: Sequence[Node], setting: Setting, leaves: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        self.world = world
+        self.setting = setting
+        self.memo: dict[int, Any] = {}
+        self.leaves: dict[str, torch.Tensor] = {} if leaves is None else leaves
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.layers: dict[str, nn.Module] = {}
+        for path in dict.fromkeys(str(n.target) for n in nodes if n.op in ("call_module", "get_attr")):
+            self._adopt(path)
+
+    def fetch(self, path: str) -> Any:
+        value = attribute(self.world.module, path)
+        return self.memo.get(id(value), value)
+
+    def layer(self, path: str) -> nn.Module:
+        return self.layers[path]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: t.detach() for name, t in self.buffers.items()}
+
+    def _adopt(self, path: str) -> None:
+        found = attribute(self.world.module, path)
+        if isinstance(found, torch.Tensor):
+            self._copy(path, found)
+            return
+        if not isinstance(found, nn.Module):
+            return
+        for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
+            self._copy(f"{path}.{name}", tensor)
+        self.layers[path] = copy.deepcopy(found, self.memo).train(self.setting.training)
+
+    def _copy(self, path: str, tensor: torch.Tensor) -> None:
+        if id(tensor) in self.memo:
+            return
+        name = self.world.names.get(id(tensor), path)
+        made = self.world.maps.get(name)
+        self.memo[id(tensor)] = self._leaf(name, tensor) if made is None else made.evaluate(self._source)
+
+    def _source(self, name: str) -> torch.Tensor:
+        origin = self.world.origin
+        assert origin is not None
+        tensor = attribute(origin.module, name)
+        return self._leaf(origin.names.get(id(tensor), name), tensor)
+
+    def _leaf(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The copy of a tensor, made once for each name."""
+        known = self.leaves if isinstance(tensor, nn.Parameter) else self.buffers
+        if name not in known:
+            made = _cast(tensor.detach(), self.setting).clone()
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(self._moved(made, name), tensor.requires_grad)
+            known[name] = made
+        return known[name]
+
+    def _moved(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """An old parameter with noise of ``moved`` times its deviation (or 1), drawn from its name; a new one as it is."""
+        moved, old = self.setting.moved, self.world.origin or self.world
+        if not moved or name not in old.known or not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        deviation = float(tensor.double().std()) if tensor.numel() > 1 else 0.0
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+        return tensor + moved * (deviation or 1.0) * projection(tensor, seed)
+
+
+def _cast(tensor: torch.Tensor, setting: Setting) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor if setting.dtype is None else tensor.to(setting.dtype)
+    return tensor.double() if setting.exact else tensor
+
+
+def _given(value: torch.Tensor, setting: Setting) -> torch.Tensor:
+    return _cast(value.detach(), setting).clone()
+
+
+def _leaf(value: torch.Tensor, setting: Setting) -> torch.Tensor:
+    wants = setting.gradients and (value.is_floating_point() or value.is_complex())
+    return value.clone().requires_grad_(wants)
+
+
+def _contexts(setting: Setting, values: Sequence[torch.Tensor]) -> list[AbstractContextManager[Any]]:
+    device = values[0].device.type if values else "cpu"
+    contexts: list[AbstractContextManager[Any]] = [torch.random.fork_rng(devices=[])]
+    contexts.append(torch.enable_grad() if setting.gradients else torch.no_grad())
+    contexts.append(torch.autocast(device, torch.bfloat16) if setting.autocast else nullcontext())
+    contexts.append(ExactArithmetic() if setting.exact else nullcontext())
+    return contexts
+
+
+def _gradients(
+    outputs: Sequence[torch.Tensor], border: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor], setting: Setting
+) -> dict[str, torch.Tensor | None]:
+    """Vector-Jacobian products of a fixed projection of the outputs, by the place of a border or a parameter's name."""
+    sources = {f"border {i}": t for i, t in enumerate(border) if t.requires_grad}
+    sources.update({name: t for name, t in leaves.items() if t.requires_grad})
+    loss: Any = 0.0
+    for i, output in enumerate(outputs):
+        if output.requires_grad:
+            loss = loss + (output * projection(output, setting.seed + i)).sum()
+    if not isinstance(loss, torch.Tensor) or not sources:
+        return dict.fromkeys(sources)
+    found = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+    return dict(zip(sources, found, strict=True))
+
+
+def projection(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Normal numbers of the shape, dtype and device of a tensor, the same for the same seed and shape."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    return wide.to(like.device, like.dtype)
+
+
+def _last_uses(nodes: Sequence[Node], outputs: Sequence[Node]) -> dict[Node, list[Node]]:
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead: dict[Node, list[Node]] = {}
+    for source, user in last.items():
+        if source not in outputs:
+            dead.setdefault(user, []).append(source)
+    return dead

@@ -1,0 +1,166 @@
+"""Holding cuts: the new form against the old one, at recorded values first, then at probes that recorded values hide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.errors import first_line
+from rewrite.numerics.compare import TOLERANCE
+
+from .cuts import Cut
+from .form import Form, Outcome, Setting, World
+from .judge import Gap, excess, gap, tolerance
+from .record import EXAMPLE, Tape
+
+Values = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Border values to try both forms on, in a setting. At ``recorded`` values the old form has to run."""
+
+    name: str
+    values: Values
+    setting: Setting
+    recorded: bool = False
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Both forms of one cut, ready to run."""
+
+    cut: Cut
+    old: Form
+    new: Form
+
+    @classmethod
+    def of(cls, worlds: tuple[World, World], cut: Cut) -> Forms:
+        """Both forms, each in its world: that before the pass and that after it."""
+        old = Form.of(worlds[0], cut.old, cut.old_border, cut.outputs, side=0)
+        return cls(cut, old, Form.of(worlds[1], cut.new, cut.new_border, cut.outputs))
+
+    def gap(self, values: Values, setting: Setting) -> Gap:
+        """The gap at some border values in one setting. Where the old form does not run, the new one need not."""
+        old, new = _tried(self.old, values, setting), _tried(self.new, values, setting)
+        if isinstance(old, Exception):
+            return Gap(unrun=first_line(old))
+        if isinstance(new, Exception):
+            return Gap(problem=f"{type(new).__name__}: {first_line(new)}")
+        return gap(old, new, gradients=setting.gradients)
+
+    def tried(self, trial: Trial) -> Gap:
+        """The gap that counts in one trial; a part that cannot run alone is refused, never skipped."""
+        found = self.judged(trial.values, trial.setting)
+        if found.unrun and trial.recorded:
+            return Gap(problem=f"this part of the model cannot be run alone: {found.unrun}")
+        return found
+
+    def judged(self, values: Values, setting: Setting) -> Gap:
+        """The gap that counts: what rounding explains, as measured by one ulp at the border, is none."""
+        if not setting.exact:
+            return self._rounded(values, setting)
+        found = self.gap(values, setting)
+        return found if found.largest <= TOLERANCE else self._excused(found, values, setting)
+
+    def _rounded(self, values: Values, setting: Setting) -> Gap:
+        """In a dtype of few digits: the new form's error against exact arithmetic may be a few times the old one's."""
+        truth = _tried(self.old, values, replace(setting, exact=True, autocast=False))
+        old, new = _tried(self.old, values, setting), _tried(self.new, values, setting)
+        if isinstance(truth, Exception):
+            return Gap(unrun=first_line(truth))
+        if isinstance(old, Exception):
+            return Gap(unrun=first_line(old))
+        if isinstance(new, Exception):
+            return Gap(problem=f"{type(new).__name__}: {first_line(new)}")
+        unlike = gap(old, new, gradients=False)
+        if unlike.problem and not setting.autocast:
+            return unlike
+        return excess(truth, old, new, _eps(setting, values))
+
+    def _excused(self, found: Gap, values: Values, setting: Setting) -> Gap:
+        if found.problem or not setting.exact:
+            return found
+        old = _tried(self.old, values, setting)
+        moved = _tried(self.old, [_one_ulp(v.double() if v.is_floating_point() else v) for v in values], setting)
+        if isinstance(old, Exception) or isinstance(moved, Exception):
+            return found
+        noise = gap(replace(old, inputs=[]), replace(moved, inputs=[]), gradients=setting.gradients)
+        return replace(found, outputs=0.0, gradients=0.0, state=0.0) if found.largest <= tolerance((noise,)) else found
+
+
+def _tried(form: Form, values: Values, setting: Setting) -> Outcome | Exception:
+    try:
+        return form.run(values, setting)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        return error
+
+
+def _one_ulp(value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    up = torch.arange(value.numel()).reshape(value.shape) % 2 == 0
+    return torch.where(up.to(value.device), torch.nextafter(value, value + 1), torch.nextafter(value, value - 1))
+
+
+def trials(
+    forms: Forms, border: Sequence[Node], tape: Tape, plain: Setting, modes: Sequence[bool], *, first: bool
+) -> Iterator[Trial]:
+    """What a part is tried on: recorded values in each mode and, for the first of its class, more of them and probes."""
+    for name in tape.inputs if first else (EXAMPLE,):
+        for training in modes:
+            values = tape.values(border, name, training=training)
+            if values is not None:
+                setting = replace(plain, training=training)
+                yield Trial(f"{name} in training" if training else name, values, setting, recorded=True)
+    example = tape.values(border, EXAMPLE, training=False)
+    if first and example is not None:
+        yield from probes(example, plain)
+        words = _every_word(forms, example)
+        if words is not None:
+            yield Trial("every index of the embedding", words, plain)
+
+
+def probes(values: Values, plain: Setting) -> Iterator[Trial]:
+    """What recorded values hide: large and spread ones, other weights, later calls, no gradient, few digits."""
+    generator = torch.Generator().manual_seed(1)
+    yield Trial("hot values", [8 * v if v.is_floating_point() else v for v in values], plain)
+    yield Trial("wide values", [_wide(v, generator) for v in values], plain)
+    yield Trial("other weights", values, replace(plain, moved=0.3))
+    yield Trial("large weights", values, replace(plain, moved=4.0))
+    yield Trial("a third call", values, replace(plain, calls=3))
+    yield Trial("no gradient", values, replace(plain, gradients=False))
+    if any(v.is_floating_point() for v in values):
+        own = replace(plain, exact=False)
+        yield Trial("the own dtype", values, own)
+        yield Trial("bfloat16", values, replace(own, dtype=torch.bfloat16))
+        yield Trial("autocast", values, replace(own, autocast=True))
+
+
+def _every_word(forms: Forms, values: Values) -> list[torch.Tensor] | None:
+    """The values with all indices of an embedding in place of those that go into one; None where there is none."""
+    made = list(values)
+    for node, layer in forms.old.layers():
+        if isinstance(layer, nn.Embedding):
+            count = layer.num_embeddings
+            for i in (i for i, source in enumerate(forms.old.border) if source in node.all_input_nodes):
+                words = torch.arange(made[i].numel(), device=made[i].device) % count
+                made[i] = words.reshape(made[i].shape).to(made[i].dtype)
+    return None if all(a is b for a, b in zip(made, values, strict=True)) else made
+
+
+def _wide(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not value.is_floating_point() or value.numel() == 0:
+        return value
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return (noise * torch.exp2(12 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 6)).to(value)
+
+
+def _eps(setting: Setting, values: Values) -> float:
+    dtypes = [v.dtype for v in values if v.is_floating_point()]
+    dtype = torch.bfloat16 if setting.autocast else setting.dtype or (dtypes[0] if dtypes else torch.float32)
+    return float(torch.finfo(dtype).eps)

@@ -1,0 +1,136 @@
+"""How far two outcomes are apart, and how far is too far: rounding as it is measured, nothing wider."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rewrite.numerics.compare import TOLERANCE, relative_error
+
+from .form import Outcome
+
+FLOOR = 1e-3
+"""A gradient counts relative to its own size, or to this share of the largest gradient where that is more."""
+ULPS = 8.0
+"""How many times what one ulp at the border does is still rounding."""
+SLACK = 4.0
+"""How many times the old form's rounding error, and how many ulps, the new form's may be in the own dtype."""
+CEILING = 1e-6
+"""What no rounding in float64 excuses."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the new form is from the old: relative errors of outputs, gradients and state, and what is worst."""
+
+    outputs: float = 0.0
+    gradients: float = 0.0
+    state: float = 0.0
+    worst: str = ""
+    problem: str = ""
+    unrun: str = ""
+
+    @property
+    def largest(self) -> float:
+        return math.inf if self.problem else max(self.outputs, self.gradients, self.state)
+
+    def __str__(self) -> str:
+        if self.problem:
+            return self.problem
+        parts = {"outputs": self.outputs, "gradients": self.gradients, "state": self.state}
+        where = f" (worst at {self.worst})" if self.worst else ""
+        return ", ".join(f"{name} {error:.1e}" for name, error in parts.items()) + where
+
+
+def gap(old: Outcome, new: Outcome, *, gradients: bool = True) -> Gap:
+    """The gap between two outcomes on the same values; ``gradients`` False leaves those aside."""
+    problem = _problem(old, new)
+    if problem:
+        return Gap(problem=problem)
+    outputs = max(map(relative_error, old.outputs, new.outputs), default=0.0)
+    state = {name: _state_error(old.state[name], new.state[name]) for name in old.state.keys() & new.state.keys()}
+    errors = _gradient_errors(old, new) if gradients else {}
+    worst = max(errors, key=lambda name: errors[name], default="")
+    state_error = max(state.values(), default=0.0)
+    return Gap(outputs, errors.get(worst, 0.0), state_error, worst if errors.get(worst, 0.0) > outputs else "")
+
+
+def _problem(old: Outcome, new: Outcome) -> str:
+    """What cannot be put into a number: other shapes, other requires_grad, inputs written to, other draws."""
+    if len(old.outputs) != len(new.outputs):
+        return f"{len(new.outputs)} outputs instead of {len(old.outputs)}"
+    for x, y in zip(old.outputs, new.outputs, strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"an output {tuple(y.shape)} {y.dtype} instead of {tuple(x.shape)} {x.dtype}"
+    if old.requires_grad != new.requires_grad:
+        return (
+            "an output requires grad where it did not" if any(new.requires_grad) else "an output requires no grad any more"
+        )
+    for x, y in zip(old.inputs, new.inputs, strict=True):
+        if not torch.equal(x.nan_to_num(), y.nan_to_num()):
+            return "an input is written to"
+    if old.draws != new.draws:
+        return f"{new.draws} random draws instead of {old.draws}"
+    return ""
+
+
+def _gradient_errors(old: Outcome, new: Outcome) -> dict[str, float]:
+    """The error of each old gradient, relative to its size and to the scale of all; one that is gone counts as zero."""
+    scale = max((float(g.abs().max()) for g in old.gradients.values() if g is not None and g.numel()), default=0.0)
+    return {name: _gradient_error(g, new.gradients.get(name), scale) for name, g in old.gradients.items()}
+
+
+def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> float:
+    if a is None and b is None:
+        return 0.0
+    a = torch.zeros_like(b) if a is None and b is not None else a
+    b = torch.zeros_like(a) if b is None and a is not None else b
+    assert a is not None
+    assert b is not None
+    if a.numel() == 0 or torch.equal(a, b):
+        return 0.0
+    own = float(a.abs().max())
+    distance = float((a - b).abs().max())
+    if not math.isfinite(distance):
+        return relative_error(a, b)
+    return distance / max(own, FLOOR * scale) if max(own, FLOOR * scale) else math.inf
+
+
+def _state_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return 0.0 if a.shape == b.shape and torch.equal(a, b) else relative_error(a, b)
+
+
+def excess(truth: Outcome, old: Outcome, new: Outcome, eps: float) -> Gap:
+    """The new form's error against the truth where it is more than SLACK times the old one's and SLACK ulps; else none."""
+
+    def beyond(kind: str) -> float:
+        mine, theirs = (_error_of(kind, truth, run) for run in (new, old))
+        return mine if mine > SLACK * theirs + SLACK * eps else 0.0
+
+    return Gap(beyond("outputs"), beyond("gradients"))
+
+
+def _error_of(kind: str, truth: Outcome, run: Outcome) -> float:
+    """The largest relative error of a run in few digits, gradients relative to the largest of them."""
+    if kind == "outputs":
+        pairs = zip(truth.outputs, run.outputs, strict=True)
+        return max((relative_error(a, b.to(a.dtype)) for a, b in pairs), default=0.0)
+    scale = max((float(g.abs().max()) for g in truth.gradients.values() if g is not None and g.numel()), default=0.0)
+    errors = (_distance(g, run.gradients.get(name)) for name, g in truth.gradients.items())
+    return max(errors, default=0.0) / scale if scale else 0.0
+
+
+def _distance(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    present = a if a is not None else b
+    if present is None or not present.numel():
+        return 0.0
+    gap_ = present.double() if a is None or b is None else a.double() - b.double()
+    return float(gap_.nan_to_num().abs().max())
+
+
+def tolerance(noise: Sequence[Gap]) -> float:
+    """The largest error that is still rounding, given what one ulp at the border does to the old form."""
+    return min(CEILING, max([TOLERANCE, *(ULPS * g.largest for g in noise)]))

@@ -1,0 +1,177 @@
+"""Each promise with its check: SAME by the old form, NEW and CLOSE by the method's formula, ESTIMATE by its gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from rewrite.graph.history import Check
+from rewrite.graph.maps import ParameterMap
+from rewrite.graph.program import Program
+
+from .claims import Claims
+from .classes import signature
+from .contract import ESTIMATE, NEW, SAME, Contract, NoFormulaError, Promising
+from .cuts import Cut, Cutter
+from .estimate import gradient_held
+from .form import Form, Setting, World
+from .held import Held, hold, summed
+from .hold import Forms, trials
+from .judge import Gap
+from .local import LocalProof
+from .record import EXAMPLE, Tape
+from .reference import ReferenceForm
+from .variants import variants
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A program before and after a pass, how parameters follow, the pass (if one connects them), and the seed.
+
+    Without ``probed`` every part is held at recorded values of the example alone.
+    """
+
+    before: Program
+    after: Program
+    contract: Contract
+    maps: Mapping[str, ParameterMap] = field(default_factory=dict)
+    step: Promising | None = None
+    seed: int = 0
+    probed: bool = True
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """Whether training counts: evaluation only, or both."""
+        return (False,) if self.contract.evaluation_only else (False, True)
+
+
+def kept_promises(rewritten: Rewritten, label: str = "") -> Iterator[Check]:
+    """The checks of a contract: a promise without a check is refused."""
+    contract = rewritten.contract
+    if contract.forward is SAME:
+        yield same(rewritten, label)
+        if contract.backward is ESTIMATE:
+            yield from estimate(rewritten, label)
+        return
+    parts = Parts(rewritten)
+    yield formula(parts, label)
+    if contract.forward is not NEW:
+        yield close(parts, label)
+
+
+def same(rewritten: Rewritten, label: str = "") -> Check:
+    """Every part that differs equals its old form; the gradient too where it is promised."""
+    gradients = rewritten.contract.backward is SAME
+    proof = LocalProof(
+        rewritten.before,
+        rewritten.after,
+        rewritten.maps,
+        gradients=gradients,
+        training=len(rewritten.modes) > 1,
+        probed=rewritten.probed,
+        seed=rewritten.seed,
+    )
+    what = "outputs, state and gradients" if gradients else "outputs and state"
+    return summed(f"same{label}", proof.held(), what)
+
+
+class Parts:
+    """The parts in which two programs differ, not grown, each to be held against a formula."""
+
+    def __init__(self, rewritten: Rewritten) -> None:
+        self.given = rewritten
+        self.claims = Claims.of(rewritten.before, rewritten.after)
+        self.cuts = Cutter(self.claims).cuts()
+        origin = World.of(rewritten.before.module)
+        self.worlds = (origin, World.of(rewritten.after.module, rewritten.maps, origin))
+        self.inputs = dict(variants(rewritten.before, rewritten.seed))
+
+    @functools.cached_property
+    def firsts(self) -> list[Cut]:
+        """The first part of each class."""
+        before, after = self.given.before.module, self.given.after.module
+        return list({signature(cut, before, after): cut for cut in reversed(self.cuts)}.values())
+
+    @functools.cached_property
+    def after_tape(self) -> Tape:
+        """Values of the program after, where its parts begin."""
+        nodes, probed = ([n for cut in cuts for n in cut.new_border] for cuts in (self.cuts, self.firsts))
+        return Tape(self.given.after, self.inputs, nodes, probed, self.given.seed)
+
+    @functools.cached_property
+    def before_tape(self) -> Tape:
+        """Values of the program before, where its parts begin, on the example."""
+        nodes = [n for cut in self.cuts for n in cut.old_border]
+        return Tape(self.given.before, self.inputs, nodes, (), self.given.seed)
+
+
+def formula(parts: Parts, label: str = "") -> Check:
+    """Every part equals the formula that the pass gives for it, written apart from its layers."""
+    return summed(f"formula{label}", map(functools.partial(_by_formula, parts), parts.cuts), "outputs and gradients")
+
+
+def _by_formula(parts: Parts, cut: Cut) -> Held:
+    step, setting = parts.given.step, Setting(seed=parts.given.seed)
+    if step is None:
+        return Held(cut, 0, 0.0, ("nothing", Gap(problem="no pass says what it should compute")))
+    forms = Forms(
+        cut, ReferenceForm(parts.worlds, cut, step), Form.of(parts.worlds[1], cut.new, cut.new_border, cut.outputs)
+    )
+    tried = trials(
+        forms, cut.new_border, parts.after_tape, setting, parts.given.modes, first=parts.given.probed and cut in parts.firsts
+    )
+    try:
+        return hold(forms, tried)
+    except NoFormulaError as error:
+        return Held(cut, 0, 0.0, ("nothing", Gap(problem=str(error))))
+
+
+def close(parts: Parts, label: str = "") -> Check:
+    """No part is further from its old form than the bound, at the values that flow into it."""
+    bound, worst, where = parts.given.contract.error_bound, 0.0, ""
+    for cut in parts.cuts:
+        error = _site_error(parts, cut)
+        if error > worst:
+            worst, where = error, cut.name
+    detail = f"{worst:.3g} (relative, root mean square{f', worst at {where}' if where else ''}; bound {bound:g})"
+    return Check(f"close{label}", worst <= bound, detail, worst)
+
+
+def _site_error(parts: Parts, cut: Cut) -> float:
+    forms = Forms.of(parts.worlds, cut)
+    values = parts.before_tape.values(cut.old_border, EXAMPLE, training=False)
+    assert values is not None
+    setting = Setting(gradients=False, seed=parts.given.seed)
+    old, new = (form.run(values, setting).outputs for form in (forms.old, forms.new))
+    return max((_rms_error(a, b) for a, b in zip(old, new, strict=True)), default=0.0)
+
+
+def _rms_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    scale = float(a.square().mean().sqrt())
+    return float((a - b).square().mean().sqrt()) / scale if scale else float(not torch.equal(a, b))
+
+
+def estimate(rewritten: Rewritten, label: str = "") -> Iterator[Check]:
+    """The forward bit for bit; the gradient by the method's formula, and near enough to the true one."""
+    parts = Parts(rewritten)
+    yield summed(f"bit for bit{label}", map(functools.partial(_bitwise, parts), parts.cuts), "outputs in the own dtype")
+    yield from gradient_held(parts.cuts, parts.worlds, parts.before_tape, rewritten, label)
+
+
+def _bitwise(parts: Parts, cut: Cut) -> Held:
+    forms = Forms.of(parts.worlds, cut)
+    count = 0
+    for training in parts.given.modes:
+        values = parts.before_tape.values(cut.old_border, EXAMPLE, training=training)
+        if values is None:
+            continue
+        setting = Setting(exact=False, gradients=False, training=training, seed=parts.given.seed)
+        found = forms.gap(values, setting)
+        count += 1
+        if found.largest > 0:
+            return Held(cut, count, found.largest, ("the own dtype", found))
+    return Held(cut, count, 0.0)

@@ -1,0 +1,140 @@
+"""The promises NEW and CLOSE: the formula, its independence, the bound, and the frame around them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply
+from rewrite.pipeline.context import Context
+
+from . import models
+from .steps import OTHER, Act, Action, Cut, replacing, step
+
+program = functools.cache(models.program)
+
+
+class Square(nn.Module):
+    """gain * x^2 where ``function`` says nothing else."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 0.5))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x * x if self.function is None else self.function(self, x)
+
+
+def square(old: Any, new: Square, x: Tensor) -> Tensor:
+    return new.gain * x.square()
+
+
+def with_square(function: Any = None) -> Action:
+    return replacing("blocks.0.act", lambda old: Square(function))
+
+
+def also(action: Action, extra: Action) -> Action:
+    def both(program: Program, context: Context) -> None:
+        action(program, context)
+        extra(program, context)
+
+    return both
+
+
+def other_eps(program: Program, context: Context) -> None:
+    program.module.get_submodule("blocks.1.norm").eps = 1e-2
+
+
+def moved_bias(program: Program, context: Context) -> None:
+    program.module.head.bias = nn.Parameter(program.module.head.bias.detach() + 1)
+
+
+def call(old: Any, new: Square, x: Tensor) -> Tensor:
+    return new(x)
+
+
+def call_class(old: Any, new: Square, x: Tensor) -> Tensor:
+    return type(new).forward(new, x)
+
+
+def only(condition: bool, value: Tensor, other: Tensor) -> Tensor:
+    return other if condition else value
+
+
+WRONG: dict[str, tuple[Pass, str]] = {
+    "another function than the formula": (
+        step(with_square(lambda layer, x: layer.gain * x), OTHER, reference=square),
+        "formula",
+    ),
+    "another gradient": (
+        step(with_square(lambda layer, x: Cut.apply(layer.gain * x * x, 1.01)), OTHER, reference=square),
+        "formula",
+    ),
+    "a parameter that gets no gradient": (
+        step(with_square(lambda layer, x: layer.gain.detach() * x * x), OTHER, reference=square),
+        "formula",
+    ),
+    "a constant in place of a parameter": (
+        step(with_square(lambda layer, x: 0.5 * x * x), OTHER, reference=square),
+        "formula",
+    ),
+    "another function in training": (
+        step(with_square(lambda layer, x: layer.gain * (x if layer.training else x * x)), OTHER, reference=square),
+        "formula",
+    ),
+    "another function for large values": (
+        step(with_square(lambda layer, x: layer.gain * (x * x).clamp(max=900)), OTHER, reference=square),
+        "formula",
+    ),
+    "another function in float32": (
+        step(with_square(lambda layer, x: only(x.dtype is torch.float32, layer.gain * x * x, x)), OTHER, reference=square),
+        "formula",
+    ),
+    "a formula that calls the layer": (step(with_square(), OTHER, reference=call), "formula"),
+    "a formula that calls the layer's class": (step(with_square(), OTHER, reference=call_class), "formula"),
+    "no formula": (step(with_square(), OTHER), "formula"),
+    "nan": (step(with_square(lambda layer, x: layer.gain * x * x * torch.nan), OTHER, reference=square), "formula"),
+    "another layer touched": (step(also(with_square(), other_eps), OTHER, reference=square), "frame"),
+    "another parameter touched": (step(also(with_square(), moved_bias), OTHER, reference=square), "kept"),
+    "further than the bound": (
+        step(with_square(), Contract(CLOSE, NEW, bound=0.01), reference=square),
+        "close",
+    ),
+}
+
+
+def nearly(old: Any, new: Act, x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def approximate(x: Tensor, y: Tensor, layer: Act) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+RIGHT: dict[str, Pass] = {
+    "a new layer by its formula": step(with_square(), OTHER, reference=square),
+    "an approximation within its bound": step(
+        replacing("blocks.0.act", lambda old: Act(approximate)), Contract(CLOSE, NEW, bound=0.01), reference=nearly
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_breaks_the_promise_is_stopped_by_name(name: str, tmp_path: Path) -> None:
+    wrong, check = WRONG[name]
+    with pytest.raises(VerificationError) as info:
+        apply(program(), wrong, crash_folder=tmp_path)
+    assert f": {check}" in str(info.value)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_twins_pass(name: str, tmp_path: Path) -> None:
+    record = apply(program(), RIGHT[name], crash_folder=tmp_path).history[0]
+    assert record.verification is not None
+    assert record.verification.passed
