@@ -21,7 +21,8 @@ class Norm:
     """One normalization in a graph: y = (offset + weight) · n(x) + bias over the axes ``axes`` of x.
 
     ``kind`` "layer" subtracts the mean and divides by √(variance + eps), "rms" divides by √(mean x² + eps).
-    ``channel_axis`` is -1, or 1 for channels-first maps. ``weight`` is the effective gain (offset added), or None.
+    ``channel_axis`` is -1, or 1 for channels-first maps. ``weight`` is the effective gain (offset added), or None;
+    ``weight_path`` and ``bias_path`` name the model's own parameters.
     """
 
     node: Node
@@ -33,6 +34,9 @@ class Norm:
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     device: torch.device
+    weight_path: str | None = None
+    bias_path: str | None = None
+    offset: float = 0.0
 
     @property
     def value(self) -> torch.Tensor:
@@ -62,13 +66,15 @@ def norm_of(program: Program, node: Node) -> Norm | None:
     if not isinstance(layer, nn.LayerNorm | nn.RMSNorm | SpelledNorm):
         return None
     device = _device(layer, program)
-    if isinstance(layer, nn.LayerNorm):
-        return Norm(node, path, "layer", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, layer.bias, device)
-    if isinstance(layer, nn.RMSNorm):
-        return Norm(node, path, "rms", tuple(layer.normalized_shape), -1, layer.eps, layer.weight, None, device)
-    return Norm(
-        node, path, layer.kind, (layer.channels,), layer.channel_axis, layer.eps, layer.gain(), layer.shift(), device
-    )
+    if isinstance(layer, SpelledNorm):
+        weight_path, bias_path = (f"{path}.{n}" if n is not None else None for n in (layer.weight_name, layer.bias_name))
+        shape, axis, affine = (layer.channels,), layer.channel_axis, (layer.gain(), layer.shift())
+        return Norm(node, path, layer.kind, shape, axis, layer.eps, *affine, device, weight_path, bias_path, layer.offset)
+    kind: Kind = "layer" if isinstance(layer, nn.LayerNorm) else "rms"
+    weight, bias = layer.weight, layer.bias if isinstance(layer, nn.LayerNorm) else None
+    weight_path, bias_path = f"{path}.weight" if weight is not None else None, f"{path}.bias" if bias is not None else None
+    sizes = tuple(layer.normalized_shape)
+    return Norm(node, path, kind, sizes, -1, layer.eps, weight, bias, device, weight_path, bias_path)
 
 
 def _device(layer: nn.Module, program: Program) -> torch.device:

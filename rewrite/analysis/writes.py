@@ -12,6 +12,21 @@ from rewrite.graph.layers import ModalOperator
 from rewrite.graph.nodes import attribute, mutated_arguments, overload
 from rewrite.graph.regions import Region
 
+_FRESH: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+)
+"""Layers whose output is always a tensor of its own."""
+
 
 class Writes:
     """Where tensors are written in place, by groups of values that may share memory."""
@@ -46,6 +61,11 @@ class Writes:
         """Whether anything writes into a value."""
         return self._root(node) in self.writes
 
+    def settled(self, node: Node) -> bool:
+        """Whether nothing writes into a value after it is made: whoever reads it reads the same."""
+        places = self.writes.get(self._root(node), [])
+        return not places or places[-1] <= self.order[node]
+
     def _root(self, node: Node) -> Node:
         while self.group.get(node, node) is not node:
             node = self.group[node]
@@ -74,8 +94,8 @@ def _aliased(module: nn.Module, node: Node) -> list[Node]:
             if argument.alias_info is not None and isinstance(value, Node):
                 shared.append(value)
         return shared
-    if node.op == "call_module" and not isinstance(attribute(module, str(node.target)), Region):
-        return [n for n in node.all_input_nodes if _same_shape(n, node)]
+    if node.op == "call_module" and not isinstance(layer := attribute(module, str(node.target)), Region):
+        return [] if isinstance(layer, _FRESH) else [n for n in node.all_input_nodes if _same_shape(n, node)]
     return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
 
 

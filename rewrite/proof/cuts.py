@@ -1,7 +1,7 @@
 """Cutting out of two graphs what a test needs: the old and the new form of one part, between values claimed to be equal.
 
 From each test both graphs are walked back to claimed values, the *border*. Never a border: parameters, values made from
-sizes alone, and values that share memory with something written in place. Tests whose parts share nodes are one cut. A
+sizes alone, and values that something is still written into in place. Tests whose parts share nodes are one cut. A
 border comes before its tests in the graph, so that holding each cut alone holds the whole, by induction over the graph.
 """
 
@@ -116,7 +116,7 @@ class _Side:
                 self.varies.add(node)
 
     def may_border(self, node: Node) -> bool:
-        return node.op != "get_attr" and node in self.varies and not self.writes.into(node)
+        return node.op != "get_attr" and node in self.varies and self.writes.settled(node)
 
     def own(self, nodes: set[Node]) -> set[Node]:
         """Without the leaves that many parts share: parameters, sizes, inputs."""

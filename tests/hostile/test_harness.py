@@ -48,11 +48,12 @@ def test_a_hang_and_a_death_cost_the_worker_and_not_the_next_case(oracle: Oracle
     import os
     import time
 
-    for deed, fault in ((Evil(time.sleep, 60), "took more than"), (Evil(os._exit, 3), "killed the process")):
+    hang, death = (Evil(time.sleep, 60), "took more than", 3), (Evil(os._exit, 3), "killed the process", 30)
+    for deed, fault, seconds in (hang, death):
         model: Any = nn.Linear(2, 2)
         model.evil = deed
         torch.save(model, tmp_path / "m.pt")
-        case = Case(("show", "m.pt", "--inputs", "2x2", "--trust-pickle"), tmp_path, seconds=3)
+        case = Case(("show", "m.pt", "--inputs", "2x2", "--trust-pickle"), tmp_path, seconds=seconds)
         assert any(fault in found for found in oracle.judge(case).faults)
 
 

@@ -1,0 +1,1 @@
+"""Random pruning: masks whose positions are drawn."""

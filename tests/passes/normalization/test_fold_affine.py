@@ -1,0 +1,89 @@
+"""fold-affine: the models the kit tries it on, the folded weights by hand, and each reason to leave a norm alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewrite import apply
+from tests.passes.table import Row
+
+DIM = 8
+
+ROWS = [
+    Row("fold-affine", "vit", 20, near_miss={"layernorm": "slice_1 reads it, which is no linear layer"}),
+    Row("fold-affine", "llama", 14, near_miss={"norm": "the model's output reads it, which is no linear layer"}),
+    Row("fold-affine", "t5", 28),
+    Row("fold-affine", "bert", 0),
+    Row("fold-affine", "convnext_atto", 0),
+    Row("fold-affine", "gpt2", 0),
+    Row("fold-affine", "resnet18", 0),
+]
+
+
+class Model(nn.Module):
+    """A norm whose output goes into two linear layers; more readers as ``extra`` says."""
+
+    def __init__(self, norm: nn.Module, extra: str = "", *, bias: bool = True) -> None:
+        super().__init__()
+        self.norm = norm
+        self.first, self.second = nn.Linear(DIM, 4, bias=bias), nn.Linear(DIM, 4, bias=bias)
+        self.extra = extra
+        if extra == "shared":
+            self.third = nn.Linear(DIM, 4)
+            self.third.weight = self.first.weight
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        y = self.first(n) + self.second(n)
+        if self.extra == "residual":
+            return y + n[..., :4]
+        if self.extra == "elsewhere":
+            return y + self.first(x)
+        if self.extra == "twice":
+            return y + self.second(self.norm(x + 1))
+        return y + self.third(x) if self.extra == "shared" else y
+
+
+def test_by_hand() -> None:
+    torch.manual_seed(0)
+    model = Model(nn.LayerNorm(DIM))
+    result = apply(model, "fold-affine", args=(torch.randn(3, DIM),)).module
+    old, new = model.first, result.get_submodule("first")
+    assert torch.allclose(new.weight, old.weight * model.norm.weight)
+    assert torch.allclose(new.bias, old.bias + old.weight @ model.norm.bias, atol=1e-6)
+    assert sorted(result.state_dict()) == ["first.bias", "first.weight", "second.bias", "second.weight"]
+    x = torch.randn(5, DIM)
+    assert torch.allclose(model(x), result(x), atol=1e-5)
+
+
+REASONS = {
+    "residual": (nn.LayerNorm(DIM), "residual", True, "reads it, which is no linear layer"),
+    "elsewhere": (nn.LayerNorm(DIM), "elsewhere", True, "first, which reads it, is called elsewhere too"),
+    "twice": (nn.LayerNorm(DIM), "twice", True, "it is called more than once"),
+    "shared": (nn.LayerNorm(DIM), "shared", True, "first, which reads it, shares its weight with third.weight"),
+    "no bias": (nn.LayerNorm(DIM), "", False, "first, which reads it, has no bias to take its own"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_to_leave_a_norm_alone(name: str) -> None:
+    norm, extra, bias, reason = REASONS[name]
+    model = Model(copy.deepcopy(norm), extra, bias=bias)
+    (record,) = apply(model, "fold-affine", args=(torch.randn(3, DIM),)).history
+    assert not record.changed
+    assert all(skipped.reason.endswith(reason) for skipped in record.skipped)
+    assert record.skipped
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(DIM, bias=False), nn.RMSNorm(DIM, eps=1e-5)], ids=["layer", "rms"])
+def test_a_weight_alone_needs_no_bias(norm: nn.Module) -> None:
+    model = Model(copy.deepcopy(norm), bias=False)
+    (record,) = apply(model, "fold-affine", args=(torch.randn(3, DIM),)).history
+    assert record.changed
