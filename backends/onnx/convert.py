@@ -16,7 +16,8 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from rewrite.errors import RewriteError, first_line
-from rewrite.lowering.flat import Flat, dynamic_axes
+from rewrite.lowering.flat import Flat
+from rewrite.numerics.sizes import dynamic_axes
 
 if TYPE_CHECKING:
     from rewrite.graph.program import Program

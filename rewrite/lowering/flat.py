@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-if TYPE_CHECKING:
-    from rewrite.graph.program import LayerGraph, Program
-
-import inspect
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
 from torch.fx import Node
 
 from rewrite.graph.interface import Argument, Interface
+from rewrite.numerics.sizes import resized
 from rewrite.torch_private import pytree
 
 if TYPE_CHECKING:
@@ -70,12 +64,6 @@ def input_names(interface: Interface) -> tuple[str, ...]:
                 name = re.sub(r"\W", "_", argument.name)
                 names[place] = name if len(argument.leaves) == 1 else f"{name}_{i}"
     return tuple(names)
-
-
-def dynamic_axes(program: Program) -> list[dict[int, Dimension]]:
-    """The dynamic dimensions of each graph input, by axis."""
-    placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
-    return [{d.axis: d for d in program.dimensions if d.dynamic and d.input == name} for name in placeholders]
 
 
 def flat_outputs(module: LayerGraph) -> tuple[dict[Node, str], list[Leaf]]:
@@ -142,16 +130,6 @@ def other_sizes(program: Program) -> Iterator[tuple[str, list[list[torch.Tensor]
     ]
     yield "another size", [resized(program, base, rule) for rule in rules]
     yield "a batch of one", [resized(program, base, lambda d: 1 if d.axis == 0 else d.size)]
-
-
-def resized(program: Program, inputs: Sequence[torch.Tensor], size: Callable[[Dimension], int]) -> list[torch.Tensor]:
-    """The inputs with ``size`` elements along each dynamic dimension: fewer, or the first ones again."""
-    made = []
-    for value, axes in zip(inputs, dynamic_axes(program), strict=True):
-        for axis, dimension in axes.items():
-            value = value.index_select(axis, torch.arange(size(dimension)) % value.shape[axis])
-        made.append(value)
-    return made
 
 
 def evaluated(program: Program) -> LayerGraph:

@@ -17,7 +17,8 @@ from .contract import NoFormulaError
 from .cuts import Cut
 from .form import Form, Outcome, Setting, TensorsOf, World, projection
 from .part import Part
-from .record import EXAMPLE, Tape
+from .record import Tape
+from .variants import EXAMPLE
 
 if TYPE_CHECKING:
     from .contract import Promising

@@ -15,7 +15,8 @@ from rewrite.numerics.compare import TOLERANCE
 from .cuts import Cut
 from .form import Form, Outcome, Setting, World
 from .judge import Gap, excess, gap, tolerance
-from .record import EXAMPLE, Tape
+from .record import Tape
+from .variants import EXAMPLE, FRESH
 
 Values = Sequence[torch.Tensor]
 
@@ -112,7 +113,7 @@ def trials(
 ) -> Iterator[Trial]:
     """What a part is tried on: recorded values in each mode and, for the first of its class, more of them and probes."""
     for name in tape.inputs if first else (EXAMPLE,):
-        for training in modes:
+        for training in modes if name in (EXAMPLE, FRESH) else modes[:1]:
             values = tape.values(border, name, training=training)
             if values is not None:
                 setting = replace(plain, training=training)

@@ -22,8 +22,8 @@ from .cuts import Cut, Cutter
 from .form import Setting, World
 from .held import Held, hold
 from .hold import Forms, trials
-from .record import EXAMPLE, Tape
-from .variants import variants
+from .record import Tape
+from .variants import EXAMPLE, variants
 
 _ROUNDS = 12
 """How often parts may grow: the last time by 2^11 nodes."""

@@ -22,9 +22,9 @@ from .held import Held, hold, summed
 from .hold import Forms, trials
 from .judge import Gap
 from .local import LocalProof
-from .record import EXAMPLE, Tape
+from .record import Tape
 from .reference import ReferenceForm
-from .variants import variants
+from .variants import EXAMPLE, variants
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from torch.fx import Interpreter, Node
 from rewrite.graph.program import Program
 
 from .form import SeededDraws
-
-EXAMPLE = "the example"
-"""The name of the inputs that a program was captured with."""
+from .variants import EXAMPLE
 
 
 class Recorder:
