@@ -17,6 +17,7 @@ from torch.fx import Node
 from rewrite.graph.maps import ParameterMap
 from rewrite.graph.nodes import attribute
 from rewrite.numerics.exact import ExactArithmetic
+from rewrite.numerics.modes import mode_readers
 from rewrite.torch_private import TorchDispatchMode, pytree
 
 
@@ -53,7 +54,10 @@ class Outcome:
 
 
 class Form:
-    """The nodes of one side of a cut, with copies of the layers and tensors that they use."""
+    """The nodes of one side of a cut, with copies of the layers and tensors that they use.
+
+    ``is_modal`` tells, once it has run, whether anything in it asked if it is in training.
+    """
 
     def __init__(self, world: World, nodes: Sequence[Node], border: Sequence[Node], outputs: Sequence[Node]) -> None:
         self.world = world
@@ -61,6 +65,7 @@ class Form:
         self.border = border
         self.outputs = outputs
         self.last_use = _last_uses(nodes, outputs)
+        self.is_modal = False
 
     @classmethod
     def of(
@@ -79,9 +84,11 @@ class Form:
             for context in _contexts(setting, handed):
                 stack.enter_context(context)
             stack.enter_context(draws)
+            readers = stack.enter_context(mode_readers())
             for _ in range(setting.calls - 1):
                 self.execute([value.detach() for value in handed], tensors, setting)
             found = self.execute(handed, tensors, setting)
+            self.is_modal = self.is_modal or bool(readers)
             gradients = _gradients(found, handed, tensors.leaves, setting) if setting.gradients else {}
         return Outcome(
             [t.detach() for t in found],

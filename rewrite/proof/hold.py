@@ -114,6 +114,8 @@ def trials(
     """What a part is tried on: recorded values in each mode and, for the first of its class, more of them and probes."""
     for name in tape.inputs if first else (EXAMPLE,):
         for training in modes if name in (EXAMPLE, FRESH) else modes[:1]:
+            if training and not (forms.old.is_modal or forms.new.is_modal):
+                continue  # it ran in evaluation just now, and nothing in it asked for the mode
             values = tape.values(border, name, training=training)
             if values is not None:
                 setting = replace(plain, training=training)
