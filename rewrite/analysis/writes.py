@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -31,12 +31,13 @@ _FRESH: tuple[type[nn.Module], ...] = (
 class Writes:
     """Where tensors are written in place, by groups of values that may share memory."""
 
-    def __init__(self, graph: Graph, module: nn.Module) -> None:
+    def __init__(self, graph: Graph, module: nn.Module, fresh: Collection[nn.Module] = ()) -> None:
+        """``fresh`` layers are held to give tensors of their own."""
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.group: dict[Node, Node] = {}
         self.writes: dict[Node, list[int]] = {}
         for node in graph.nodes:
-            self._share(node, _aliased(module, node))
+            self._share(node, _aliased(module, node, fresh))
             for written in _written(module, node):
                 self.writes.setdefault(self._root(written), []).append(self.order[node])
         self.writes = self._merged()
@@ -84,7 +85,7 @@ class Writes:
         return {node: sorted(places) for node, places in merged.items()}
 
 
-def _aliased(module: nn.Module, node: Node) -> list[Node]:
+def _aliased(module: nn.Module, node: Node, fresh: Collection[nn.Module]) -> list[Node]:
     """The inputs whose memory a node's value may share."""
     found = overload(node)
     if found is not None:
@@ -95,7 +96,9 @@ def _aliased(module: nn.Module, node: Node) -> list[Node]:
                 shared.append(value)
         return shared
     if node.op == "call_module" and not isinstance(layer := attribute(module, str(node.target)), Region):
-        return [] if isinstance(layer, _FRESH) else [n for n in node.all_input_nodes if _same_shape(n, node)]
+        return (
+            [] if isinstance(layer, _FRESH) or layer in fresh else [n for n in node.all_input_nodes if _same_shape(n, node)]
+        )
     return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
 
 

@@ -7,10 +7,11 @@ border comes before its tests in the graph, so that holding each cut alone holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import networkx
+from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.analysis.writes import Writes
@@ -22,13 +23,17 @@ from .claims import Claims, Pair, is_tensor
 
 @dataclass(frozen=True)
 class Cut:
-    """One part of a program in its old and its new form: border and outputs as pairs, the nodes between in order."""
+    """One part of a program in its old and its new form: border and outputs as pairs, the nodes between in order.
+
+    ``written`` tells that something may be written into an output later: then it must not be an input of the part itself.
+    """
 
     border: tuple[Pair, ...]
     outputs: tuple[Pair, ...]
     old: tuple[Node, ...]
     new: tuple[Node, ...]
     reasons: tuple[str, ...]
+    written: bool = False
 
     @property
     def old_border(self) -> tuple[Node, ...]:
@@ -53,7 +58,8 @@ class Cutter:
     def __init__(self, claims: Claims) -> None:
         self.claims = claims
         self.old_side = _Side(claims.before)
-        self.new_side = _Side(claims.after)
+        self.new_side = _Side(claims.after, _new_layers(claims))
+        self.careful = Writes(claims.after.graph, claims.after.module)
         self.partner = {new: old for new, old in claims.partner.items() if self._may_border(old, new)}
         self.claimant = {old: new for new, old in self.partner.items()}
 
@@ -99,16 +105,17 @@ class Cutter:
         new = self.new_side.whole(set().union(*(s[1] for s, _ in parts)), border)
         ordered = sorted(border, key=self.new_side.place.__getitem__)
         pairs = tuple((self.partner[n], n) for n in ordered)
-        return Cut(pairs, tuple(tests), old, new, tuple(self.claims.tests[t] for t in tests))
+        written = any(self.careful.into(new) for _, new in tests)
+        return Cut(pairs, tuple(tests), old, new, tuple(self.claims.tests[t] for t in tests), written)
 
 
 class _Side:
     """One of the two graphs: the order of its nodes, and what can be a border in it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, fresh: Collection[nn.Module] = ()) -> None:
         graph: Graph = program.graph
         self.place = {node: i for i, node in enumerate(graph.nodes)}
-        self.writes = Writes(graph, program.module)
+        self.writes = Writes(graph, program.module, fresh)
         self.varies: set[Node] = set()
         for node in graph.nodes:
             given = node.op == "placeholder" and is_tensor(node)
@@ -133,6 +140,13 @@ class _Side:
             found.add(node)
             waiting += node.all_input_nodes
         return tuple(sorted(found, key=self.place.__getitem__))
+
+
+def _new_layers(claims: Claims) -> list[nn.Module]:
+    """The layers of tests: that they give tensors of their own, where it matters, is seen when they run."""
+    nodes = (new for _, new in claims.tests if new.op == "call_module")
+    inserted = (n for n in claims.after.graph.nodes if n.op == "call_module" and n not in claims.partner)
+    return [claims.after.layer(node) for node in (*nodes, *inserted)]
 
 
 def _from_sizes(node: Node) -> bool:

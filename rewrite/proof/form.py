@@ -51,6 +51,7 @@ class Outcome:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: list[torch.Tensor] = field(default_factory=list)
     draws: int = 0
+    aliased: list[bool] = field(default_factory=list)
 
 
 class Form:
@@ -97,6 +98,7 @@ class Form:
             tensors.state(),
             [t.detach() for t in handed],
             draws.count,
+            [any(_share(t, v) for v in handed) for t in found],
         )
 
     def layers(self) -> Iterator[tuple[Node, nn.Module]]:
@@ -122,6 +124,10 @@ class Form:
             for dead in self.last_use.get(node, ()):
                 env.pop(dead, None)
         return [t for n in self.outputs for t in pytree.tree_leaves(env[n]) if isinstance(t, torch.Tensor)]
+
+
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class SeededDraws(TorchDispatchMode):

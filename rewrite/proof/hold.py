@@ -52,6 +52,8 @@ class Forms:
             return Gap(unrun=first_line(old))
         if isinstance(new, Exception):
             return Gap(problem=f"{type(new).__name__}: {first_line(new)}")
+        if self.cut.written and any(b and not a for a, b in zip(old.aliased, new.aliased, strict=False)):
+            return Gap(problem="an output is an input itself, and something writes into it later")
         return gap(old, new, gradients=setting.gradients)
 
     def tried(self, trial: Trial) -> Gap:
