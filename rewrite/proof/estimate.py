@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from rewrite.graph.history import Check
 from rewrite.numerics.compare import TOLERANCE
@@ -88,16 +87,12 @@ def _by_formula(
     """What the pass says the gradients are, by the names that a form gives them."""
     new = TensorsOf(worlds[1], cut.new, setting)
     old = TensorsOf(worlds[0], cut.old, setting, leaves=new.leaves)
-    part = Part(_called(cut.old, old), _called(cut.new, new))
+    part = Part(old.called(cut.old), new.called(cut.new))
     wide = [v.double() if v.is_floating_point() else v for v in values]
     found: Any = step.gradient(part, wide, [projection(o, setting.seed + i) for i, o in enumerate(ran.outputs)])
     inputs, parameters = found if isinstance(found, tuple) and isinstance(found[-1], Mapping) else (found, {})
     named = {f"border {i}": g for i, g in enumerate(inputs) if g is not None}
     return {**named, **parameters}
-
-
-def _called(nodes: Sequence[Any], tensors: TensorsOf) -> dict[str, nn.Module]:
-    return {str(n.target): tensors.layer(str(n.target)) for n in nodes if n.op == "call_module"}
 
 
 def _mean(runs: Sequence[Outcome]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

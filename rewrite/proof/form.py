@@ -200,6 +200,10 @@ class TensorsOf:
     def layer(self, path: str) -> nn.Module:
         return self.layers[path]
 
+    def called(self, nodes: Sequence[Node]) -> dict[str, nn.Module]:
+        """The layers that some nodes call, by path, in their order."""
+        return {str(n.target): self.layer(str(n.target)) for n in nodes if n.op == "call_module"}
+
     def state(self) -> dict[str, torch.Tensor]:
         return {name: t.detach() for name, t in self.buffers.items()}
 

@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.fx import Node
 
 from rewrite.torch_private import pytree
 
@@ -31,7 +30,7 @@ class ReferenceForm(Form):
     def execute(self, values: Sequence[torch.Tensor], tensors: TensorsOf, setting: Setting) -> list[torch.Tensor]:
         """The outputs by the formula."""
         old = TensorsOf(self.before, self.cut.old, setting, leaves=tensors.leaves)
-        part = Part(_layers(self.cut.old, old), _layers(self.cut.new, tensors))
+        part = Part(old.called(self.cut.old), tensors.called(self.cut.new))
         with barred(part.new.values()):
             found = self.step.formula(part, *self._ordered(values))
         return [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
@@ -43,10 +42,6 @@ class ReferenceForm(Form):
         if len(calls) == 1 and set(given) <= set(calls[0].all_input_nodes):
             return [given[n] for n in calls[0].all_input_nodes if n in given]
         return list(values)
-
-
-def _layers(nodes: Sequence[Node], tensors: TensorsOf) -> dict[str, nn.Module]:
-    return {str(n.target): tensors.layer(str(n.target)) for n in nodes if n.op == "call_module"}
 
 
 @contextmanager
