@@ -107,13 +107,20 @@ class Oracle:
         answer = _ask(worker, {**asdict(case), "folder": str(case.folder)}, case.seconds)
         seconds = time.monotonic() - began
         if answer is None:
-            died = worker.poll()
-            self.close()
-            what = f"took more than {case.seconds:.0f} s" if died is None else f"killed the process (exit {died})"
-            answer = {"code": None, "stdout": "", "stderr": "", "faults": [what]}
+            fault = self._lost(worker, seconds < case.seconds) or f"took more than {case.seconds:.0f} s"
+            answer = {"code": None, "stdout": "", "stderr": "", "faults": [fault]}
         answer["faults"] += _left(before, _listing(case.folder), case)
         answer["faults"] += _told(case, answer)
         return Verdict(answer["code"], answer["stdout"], answer["stderr"], seconds, tuple(answer["faults"]))
+
+    def _lost(self, worker: subprocess.Popen[bytes], ended: bool) -> str | None:
+        """Close a worker that gave no answer, and say how it died; None where it lives. ``ended``: its pipe is closed,
+        which a dying process does a moment before it can be waited for."""
+        died = worker.poll()
+        if died is None and ended:
+            died = worker.wait(timeout=60)
+        self.close()
+        return None if died is None else f"killed the process (exit {died})"
 
     def _ready(self) -> subprocess.Popen[bytes]:
         if self._worker is None or self._worker.poll() is not None:
