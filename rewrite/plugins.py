@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -52,3 +53,22 @@ def load(entry_point: EntryPoint, kind: str) -> Any:
         raise RewriteError(
             f"{kind} '{entry_point.name}' from {provider(entry_point)} cannot be imported: {error}"
         ) from error
+
+
+def announced_layers(kinds: Collection[type]) -> set[type]:
+    """Those of these classes that an installed pass says it puts in (`Pass.inserts`).
+
+    Only passes of the packages that the classes come from are imported: for a model of no package with passes, none is.
+    """
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    return {*kinds} & {kind for package in packages for kind in _inserted(package)}
+
+
+def _inserted(package: str) -> Iterator[type]:
+    """The layer classes of all passes of a package; a pass that cannot be imported has put nothing into a model."""
+    for entry_point in entry_points(group=PASSES):
+        if entry_point.module.partition(".")[0] == package:
+            try:
+                yield from getattr(load(entry_point, "pass"), "inserts", ())
+            except RewriteError:
+                continue

@@ -90,6 +90,8 @@ ATTRIBUTES: dict[str, str] = {
     "_example_inputs": "as above",
     "_state_dict": "as above",
     "_codegen": "fx.Graph: the containers of an export's output",
+    "_forward_hooks": "nn.Module: the hooks that a trace of it holds already",
+    "_forward_pre_hooks": "nn.Module: whether something is computed before each of its calls",
     "_guards_code": "ExportedProgram: the conditions on sizes under which a capture holds",
     "_init_fn": "CustomOpDef: the module that defines a custom operator",
     "_modules": "nn.Module: the children that are its own, None included, in order",

@@ -18,7 +18,7 @@ WINGS = {
     "graph": (),
     "sources": (),
     "numerics": ("graph",),
-    "frontend": ("graph", "numerics"),
+    "frontend": ("graph", "numerics", "plugins"),
     "analysis": ("graph", "numerics"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),

@@ -76,6 +76,7 @@ class DyT(Pass):
     """
 
     name = "dyt"
+    inserts = (DynamicTanh,)
     alpha: float = option(0.5, "value of the trained scalar alpha at the start", at_least=-1e4, at_most=1e4)
     where: Selector = option(Selector("*"), "norms to replace: path glob, type:, re:, !, several with |")
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from rewrite.graph.like import like
 from rewrite.graph.tree import names_of_tensors
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
@@ -29,13 +30,6 @@ class Masked(nn.Module):
 
     ``mask`` is a buffer of the weight's shape, saved with the model.
     """
-
-    def __init__(self, old: nn.Module, mask: torch.Tensor) -> None:
-        nn.Module.__init__(self)
-        held = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        self.__dict__.update({k: v for k, v in vars(old).items() if k not in held})
-        self._parameters.update(old._parameters)
-        self.register_buffer("mask", mask)
 
     def masked(self) -> torch.Tensor:
         """weight ∘ mask."""
@@ -92,6 +86,7 @@ class RandomPrune(Pass):
     """
 
     name = "random-prune"
+    inserts = (MaskedLinear, MaskedConv1d, MaskedConv2d)
     sparsity: float = option(0.9, "share of the weights that are masked", at_least=0, below=1)
     ratios: Ratios = option("erk", "how the sparsity is spread over the layers: uniform, er, erk")
     seed: int = option(0, "seed of the positions", at_least=0)
@@ -112,7 +107,7 @@ class RandomPrune(Pass):
         shares = densities([tuple(s.layer.weight.shape) for s in free], 1 - self.sparsity, self.ratios)
         for site, density in zip(free, shares, strict=True):
             kind = next(made for base, made in _KINDS.items() if isinstance(site.layer, base))
-            context.edit.replace_layer(site.path, kind(site.layer, self._mask(site, density)))
+            context.edit.replace_layer(site.path, like(site.layer, kind, mask=self._mask(site, density)))
 
     def _mask(self, site: Site, density: float) -> torch.Tensor:
         """A mask of the weight's shape with round(density · n) ones, drawn from the seed and the path."""

@@ -216,4 +216,4 @@ def _decode_call(data: Json, installed: Installed) -> FunctionCall:
         raise RewriteError(f"its call of {checked.shown(name)} does not fit its arguments")
     places = [checked.whole(p, "place", 0, len(constants) - 1) for p in checked.items(data["tensor_places"], "places")]
     outputs = [checked.whole(p, "place", 0) for p in checked.items(data["output_places"], "places")]
-    return FunctionCall(found, spec, constants, tuple(places), output_places=tuple(outputs))
+    return FunctionCall(spec, constants, tuple(places), output_places=tuple(outputs), function=found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,32 @@ from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs, widened
 from rewrite.graph.nodes import call_arguments, overload
 from rewrite.graph.program import LayerGraph, Opaque, Origin, Program
+from rewrite.plugins import announced_layers
 from rewrite.torch_private import pytree
 
 from .align import MODE_ARGUMENTS, Alignment, align
 from .assemble import copy_modes, dimensions, finish, interface_of, opaque_parts, prepared
+from .calls import LeafInRegionError
 from .capturable import check_capturable
+from .leaves import leaf_paths
 from .literals import drop_idle_casts, follow_dtypes
 from .skeleton import Skeleton
 from .switch import needs_other_graph, switch_modes
 from .trace import Trace, bind_inputs, fake_copy, fake_inputs, isolate, trace
 
 
-def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: Collection[type[nn.Module]] = (),
+) -> Program:
     """Capture a model as a program that shares its tensors; the model is neither run nor changed.
 
     ``args`` and ``kwargs`` are example inputs; their batch and token dimensions become dynamic (give a batch of 2 or
-    more: sizes 0 and 1 cannot). Raises RewriteError when torch.export cannot capture the model.
+    more: sizes 0 and 1 cannot). Layers of the classes that installed passes put in, and of ``leaves``, are layers of the
+    program as they are. Raises RewriteError when torch.export cannot capture the model.
     """
     if isinstance(model, LayerGraph):
         raise RewriteError("this is a program's module already: pass the program itself")
@@ -40,14 +50,21 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     check_capturable(model)
     if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
         raise RewriteError("args must be a tuple of example inputs: args=(x,)")
-    return _Capture(model, bind_inputs(model, args, kwargs)).run(tuple(args), dict(kwargs or {}))
+    inputs = bind_inputs(model, args, kwargs)
+    paths = leaf_paths(model, {*leaves, *announced_layers({type(m) for m in model.modules()})})
+    while True:
+        try:
+            return _Capture(model, inputs, paths).run(tuple(args), dict(kwargs or {}))
+        except LeafInRegionError as error:
+            paths.remove(error.path)
 
 
 class _Capture:
     """One capture: the traces it takes and what it measured and noticed."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, leaves: Collection[str]) -> None:
         self.model = model
+        self.leaves = leaves
         self.inputs = widened(inputs)
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
@@ -78,7 +95,7 @@ class _Capture:
     def _training(self) -> Trace:
         """The model in training mode; in evaluation mode where its training cannot be exported."""
         try:
-            return trace(isolate(self.model), self.inputs, training=True)
+            return trace(isolate(self.model), self.inputs, training=True, leaves=self.leaves)
         except RewriteError as error:
             try:
                 found = self._native_evaluation()
@@ -94,14 +111,15 @@ class _Capture:
         """The model in evaluation mode, in another dtype if it can be traced so: one trace answers two questions."""
         try:
             copy, mode = fake_copy(self.model, self.dtypes)
-            return trace(copy, fake_inputs(self.inputs, mode, self.dtypes), training=False), True
+            given = fake_inputs(self.inputs, mode, self.dtypes)
+            return trace(copy, given, training=False, leaves=self.leaves), True
         except RewriteError as error:
             others = ", ".join(str(d) for d in self.dtypes.values())
             self.notes.append(f"dtypes that the code names are kept as captured: in {others} {error}")
             return self._native_evaluation(), False
 
     def _native_evaluation(self) -> Trace:
-        return trace(isolate(self.model), self.inputs, training=False)
+        return trace(isolate(self.model), self.inputs, training=False, leaves=self.leaves)
 
     def _lift(self, train: Trace, evaluation: tuple[Trace, bool]) -> LayerGraph:
         skeleton = Skeleton(self.model)

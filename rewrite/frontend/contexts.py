@@ -13,6 +13,7 @@ from rewrite.graph.carve import carve, free_inputs, replace_with_call, used_outs
 from rewrite.graph.layers import AutogradFunction
 from rewrite.graph.regions import Region
 
+from .calls import LeafCall, LeafInRegionError
 from .functions import call_layer
 
 
@@ -62,8 +63,11 @@ def grouped(body: Graph, layers: dict[str, nn.Module], depth: int) -> Graph:
     group_contexts(body, place, depth)
     for node in list(body.nodes):
         node.meta.pop("contexts", None)
-        if "call" in node.meta:
-            call_layer(body, node, place([node], node.meta["call"].function.__name__, AutogradFunction(node.meta["call"])))
+        call = node.meta.get("call")
+        if isinstance(call, LeafCall):
+            raise LeafInRegionError(call.path)
+        if call is not None:
+            call_layer(body, node, place([node], call.function.__name__, AutogradFunction(call)))
     return body
 
 

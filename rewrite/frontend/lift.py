@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -16,7 +15,9 @@ from rewrite.graph.layers import AutogradFunction, FunctionCall
 from rewrite.graph.nodes import attribute, call_arguments, module_path, overload, packet
 from rewrite.torch_private import _BatchNorm
 
+from .calls import LeafCall
 from .functions import call_layer
+from .leaves import lift_leaf
 from .lift_rules import RULES, Lifted, modal
 from .skeleton import Skeleton
 
@@ -29,8 +30,12 @@ def lift_layers(graph: Graph, skeleton: Skeleton, model: nn.Module) -> None:
         found = overload(node)
         if found is None:
             continue
-        if found is torch.ops.rewrite.autograd_function.default:
-            _lift_function(graph, node, skeleton)
+        call = node.meta.get("call")
+        if isinstance(call, LeafCall):
+            lift_leaf(graph, node, call, skeleton, model)
+            continue
+        if call is not None:
+            _lift_function(graph, node, call, skeleton)
             continue
         for rule in (RULES.get(packet(node), modal), modal):
             lifted = rule(node, call_arguments(node))
@@ -141,8 +146,7 @@ def _layer_name(node: Node) -> str:
     return {"scaled_dot_product_attention": "attention", "type": "type_op"}.get(name, name)
 
 
-def _lift_function(graph: Graph, node: Node, skeleton: Skeleton) -> None:
-    call: FunctionCall = node.meta["call"]
+def _lift_function(graph: Graph, node: Node, call: FunctionCall, skeleton: Skeleton) -> None:
     path, _ = skeleton.path_for([node], call.function.__name__)
     skeleton.put(path, AutogradFunction(call))
     call_layer(graph, node, path)

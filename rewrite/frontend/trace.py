@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -22,10 +22,12 @@ from rewrite.graph.export import Inputs, dynamic_choices, quiet
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
 from .as_eager import SizeDecisions, View, seen_as
+from .calls import attach_calls, kept_whole
 from .constants import name_constants
 from .draws import foreign_draws
 from .dropouts import DropoutsApart
-from .functions import attach_calls, recorded_functions
+from .functions import recorded_functions
+from .leaves import keep_leaves
 from .refusals import refuse_transforms, why
 
 _PLAIN = (
@@ -124,8 +126,9 @@ def fake_inputs(inputs: Inputs, mode: FakeTensorMode, dtypes: Mapping[torch.dtyp
     return Inputs(inputs.signature, args, kwargs)
 
 
-def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
-    """Export ``model`` (an isolated copy) in one mode, with batch and token dimensions dynamic.
+def trace(model: nn.Module, inputs: Inputs, *, training: bool, leaves: Collection[str] = ()) -> Trace:
+    """Export ``model`` (an isolated copy) in one mode, with batch and token dimensions dynamic; the layers at the paths
+    ``leaves`` are not looked into.
 
     Raises RewriteError with torch.export's reason when no attempt succeeds.
     """
@@ -133,17 +136,18 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool) -> Trace:
     model.train(training)  # as when a user changes the mode: what was cached for one mode is dropped there
     dropped: list[str] = []
     notes: list[str] = []
+    keep_leaves(model, leaves)
     _screen_outputs(model, dropped)
     errors: list[Exception] = []
     for dynamic, view in _attempts(inputs):
         dropped.clear()
         try:
-            with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), recorded_functions(notes) as functions:
+            with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), kept_whole(), recorded_functions(notes):
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)
+                attach_calls(graph_module)
             refuse_transforms(graph_module)
             name_constants(graph_module, model)
-            attach_calls(graph_module, functions)
         except Exception as error:
             errors.append(error)
             continue

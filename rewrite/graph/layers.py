@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -69,10 +69,9 @@ class ModalOperator(nn.Module):
 
 
 @dataclass
-class FunctionCall:
-    """A call ``function.apply(*args)``: where the tensors stand among the arguments, and the output structure."""
+class PackedCall:
+    """A call's arguments: their structure, the constants and where the tensors stand among the leaves; so its output."""
 
-    function: type[torch.autograd.Function]
     spec: pytree.TreeSpec
     constants: tuple[Any, ...]
     tensor_places: tuple[int, ...]
@@ -80,14 +79,31 @@ class FunctionCall:
     output_constants: tuple[Any, ...] = ()
     output_places: tuple[int, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FunctionCall:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing changes it after the trace
 
-    def arguments(self, tensors: list[torch.Tensor]) -> Any:
+    @property
+    def name(self) -> str:
+        """What is called, the same in every trace of a model."""
+        raise NotImplementedError
+
+    def arguments(self, tensors: Sequence[Any]) -> Any:
+        """The arguments, with these tensors (or what stands for them) in their places."""
         leaves = list(self.constants)
         for place, tensor in zip(self.tensor_places, tensors, strict=True):
             leaves[place] = tensor
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass
+class FunctionCall(PackedCall):
+    """A call ``function.apply(*args)``."""
+
+    function: type[torch.autograd.Function] = field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
 class AutogradFunction(nn.Module):
@@ -103,7 +119,7 @@ class AutogradFunction(nn.Module):
         return [leaves[i] for i in self.call.output_places]
 
     def extra_repr(self) -> str:
-        return f"{self.call.function.__module__}.{self.call.function.__qualname__}"
+        return self.call.name
 
 
 class Constants(nn.Module):

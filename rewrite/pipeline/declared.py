@@ -75,7 +75,7 @@ def _names(statement: ast.stmt) -> Iterator[str]:
 
 def _bare(target: ast.ClassDef) -> ast.ClassDef:
     """The class with its fields and its contract, and a ``run`` that is never called."""
-    kept = [s for s in target.body if not isinstance(s, ast.FunctionDef) or s.name in _KEPT]
+    kept = [s for s in target.body if "inserts" not in _names(s) and (not isinstance(s, ast.FunctionDef) or s.name in _KEPT)]
     run = ast.parse("def run(self, program, context): raise NotImplementedError").body
     return ast.ClassDef(target.name, target.bases, target.keywords, [*kept, *run], target.decorator_list)
 

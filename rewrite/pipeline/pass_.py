@@ -61,9 +61,12 @@ class Pass(abc.ABC):
     int, float, str, `Selector`, `Literal`, enum, or one of these `| None`, with a default. Values are checked
     when the pass is made (`OptionError`); an int becomes a float and a text a `Selector` where the field is
     one. A subclass with its own `__post_init__` calls this one first.
+
+    `inserts` are the classes of its own layers: a model that holds them is captured with them as they are.
     """
 
     name: ClassVar[str]
+    inserts: ClassVar[tuple[type, ...]] = ()
 
     if TYPE_CHECKING:
 

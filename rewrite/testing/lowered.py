@@ -49,11 +49,11 @@ def _grafted(trial: Trial, model: nn.Module, *, verify: bool) -> nn.Module | Rew
 
 
 def check_captured_again(trial: Trial) -> str:
-    """The grafted model is captured as what it is: the same function, the same torch layers, nothing left to change."""
+    """The grafted model is captured as what it is: the same function, the same layers, nothing left to change."""
     made = None if trial.subject.model is None else _grafted(trial, trial.subject.model, verify=False)
     if not isinstance(made, nn.Module):
         return "not checked: it is not grafted"
-    again = capture(made, trial.subject.args, trial.subject.kwargs)
+    again = capture(made, trial.subject.args, trial.subject.kwargs, leaves=trial.step.inserts)
     compared = verify(trial.result, again)
     if not compared.same:
         raise fail("captured again", f"it is another function: {compared}")
@@ -73,13 +73,16 @@ def check_captured_again(trial: Trial) -> str:
 
 
 def _same_layers(trial: Trial, again: Program) -> None:
-    """Layers of torch.nn that the pass put in are layers again."""
+    """The layers that the pass put in are layers again: those of torch.nn, and its own, if it says which these are."""
     found = {str(node.target): type(layer) for node, layer in again.layers()}
     for node, layer in trial.result.layers():
-        path = str(node.target)
-        if path in trial.paths and type(layer).__module__.startswith("torch.nn.") and found.get(path) is not type(layer):
-            seen = found[path].__name__ if path in found else "no layer"
-            raise fail("captured again", f"{path} is a {type(layer).__name__} and is seen as {seen}")
+        path, kind = str(node.target), type(layer)
+        if path not in trial.paths or kind.__module__.startswith("rewrite.graph.") or found.get(path) is kind:
+            continue
+        seen = found[path].__name__ if path in found else "no layer"
+        own = not kind.__module__.startswith("torch.nn.") and kind not in trial.step.inserts
+        hint = f"; announce it: {type(trial.step).__name__}.inserts = ({kind.__name__},)" if own else ""
+        raise fail("captured again", f"{path} is a {kind.__name__} and is seen as {seen}{hint}")
 
 
 def check_lowered(trial: Trial) -> str:

@@ -416,7 +416,7 @@ class Holder(nn.Module):
 
 @dataclass(frozen=True)
 class Hides(Right):
-    """Puts the layer that it should replace into another, where the next capture finds it."""
+    """Puts in a layer of its own that it does not announce, so that the next capture sees what is inside."""
 
     def layer(self, program: Program, context: Context) -> nn.Module:
         return Holder(nn.GELU())
@@ -475,7 +475,7 @@ WRONG: list[tuple[str, Pass, str]] = [
     ("bfloat16", Default32(), "act1.weight is torch.float32"),
     ("meta", ReadsValues(), "raised"),
     ("meta", MakesValues(), "act1.table is no meta tensor"),
-    ("captured again", Hides(), "on the captured result"),
+    ("captured again", Hides(), "act1 is a Holder and is seen as no layer; announce it: Hides.inserts = (Holder,)"),
     ("lowered", Unlowerable(), "refuses it after"),
 ]
 
