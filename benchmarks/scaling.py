@@ -27,7 +27,7 @@ import rewrite
 from rewrite import Program
 from rewrite.analysis.match import Layer, Var, find
 from rewrite.analysis.norms import norms
-from rewrite.analysis.streams import post_norms, residual_adds
+from rewrite.analysis.residuals import post_norms, residual_adds
 from rewrite.frontend.align import align
 from rewrite.frontend.lift import lift_layers
 from rewrite.frontend.literals import follow_dtypes

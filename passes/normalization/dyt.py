@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
-from rewrite.analysis.streams import post_norms
+from rewrite.analysis.residuals import post_norms
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import NEW, Contract

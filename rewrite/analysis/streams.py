@@ -1,126 +1,135 @@
-"""The residual structure of a model: which additions are residual, which norms sit on the stream itself."""
+"""Streams: the values that hold one running sum, with the axis of its hidden dimension, who writes and who reads it.
+
+A stream is everything that additions and what carries values on (`analysis.carry`) connect: in a pre-norm transformer
+all residual sums of a stack, in a post-norm one each sum up to the norm that ends it.
+
+    for stream in streams(program):
+        print(stream.size, [node.name for node in stream.writers], [r.node.name for r in stream.readers])
+
+An analysis is of one state of a program: ask again after an edit. The cost is linear in the graph.
+"""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.nodes import aten, packet, tensor_value
+from rewrite.graph.nodes import aten, packet
 from rewrite.graph.program import Program
-from rewrite.graph.regions import Region
 from rewrite.torch_private import _DropoutNd
 
-from .norms import Norm
-
-_ADDS = (aten.add, aten.add_)
-_PASSING = (
-    aten.reshape,
-    aten.contiguous,
-    aten.clone,
-    aten.to,
-    aten.flatten,
-    aten.unflatten,
-    aten.transpose,
-    aten.permute,
-    aten.detach,
-)
+from . import carry
+from .hidden import hidden_axis
+from .residuals import ADDS, residual_adds
 
 
 @dataclass(frozen=True)
-class ResidualAdd:
-    """stream + branch(stream): ``skip`` is the value carried on, ``branch`` what was computed from it."""
+class Reader:
+    """A node that reads a stream's value: ``axis`` is the hidden axis of that value."""
 
     node: Node
-    skip: Node
-    branch: Node
+    value: Node
+    axis: int
 
 
-def residual_adds(program: Program) -> list[ResidualAdd]:
-    """Every addition one of whose operands was computed from the other, in execution order.
+@dataclass(frozen=True)
+class Stream:
+    """Values that hold one running sum of ``size`` hidden units.
 
-    A parallel block adds several branches of one value, one after the other: there the second addition's branch was
-    computed from what the first one started from.
+    ``values`` maps each to the hidden axis that it has there, in execution order. ``writers`` are those that no addition
+    and nothing that carries made: what enters. ``additions`` are its sums, ``residual`` those of a branch that was computed
+    from the stream. ``offsets`` add the same number all along the hidden axis. ``dropouts`` are what drops single units
+    of it in training, with their p. ``torn`` is a value reached with two different axes, None where all is well.
     """
-    downstream = _Downstream(program)
-    origin: dict[Node, Node] = {}
-    found: list[ResidualAdd] = []
-    for add in program.graph.nodes:
-        if packet(add) not in _ADDS or not _tensor_operands(add):
-            continue
-        left, right = (passed_through(program, operand) for operand in add.args[:2] if isinstance(operand, Node))
-        for skip, branch in ((left, right), (right, left)):
-            starts = [skip, *([origin[skip]] if skip in origin else [])]
-            start = next((s for s in starts if skip is not branch and downstream.of(s, branch)), None)
-            if start is not None:
-                origin[add] = start
-                found.append(ResidualAdd(add, skip, branch))
-                break
+
+    values: Mapping[Node, int]
+    size: int
+    writers: tuple[Node, ...]
+    readers: tuple[Reader, ...]
+    additions: tuple[Node, ...]
+    residual: tuple[Node, ...]
+    offsets: tuple[Node, ...] = ()
+    dropouts: tuple[tuple[Node, float], ...] = ()
+    torn: Node | None = field(default=None, repr=False)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.values
+
+
+def streams(program: Program) -> list[Stream]:
+    """Every stream with a residual addition, in execution order."""
+    flow, found, seen = Flow(program), [], set[Node]()
+    sums = dict.fromkeys(r.node for r in residual_adds(program))
+    for add in sums:
+        if add not in seen and (axis := hidden_axis(program, add)) is not None:
+            stream = flow.through(add, axis, sums)
+            seen.update(stream.values)
+            found.append(stream)
     return found
 
 
-class _Downstream:
-    """What was computed from what. Each value is followed no further than the last node that was asked about."""
+def stream_of(program: Program, value: Node, axis: int) -> Stream:
+    """The stream that a value belongs to, with or without a residual addition; ``axis`` is its hidden axis there."""
+    return Flow(program).through(value, axis % carry.dimensions(value), {r.node for r in residual_adds(program)})
+
+
+class Flow:
+    """What carries what on in one state of a program."""
 
     def __init__(self, program: Program) -> None:
-        self._order = {node: i for i, node in enumerate(program.graph.nodes)}
-        self._seen: dict[Node, set[Node]] = {}
-        self._ahead: dict[Node, list[tuple[int, Node]]] = {}
+        self.program = program
+        self.order = {node: i for i, node in enumerate(program.graph.nodes)}
 
-    def of(self, source: Node, node: Node) -> bool:
-        """Whether ``node`` was computed from ``source``."""
-        seen, ahead = self._seen.setdefault(source, set()), self._ahead.setdefault(source, [(self._order[source], source)])
-        while ahead and ahead[0][0] <= self._order[node]:
-            _, reached = heapq.heappop(ahead)
-            for user in reached.users:
-                if user not in seen:
-                    seen.add(user)
-                    heapq.heappush(ahead, (self._order[user], user))
-        return node in seen
-
-
-def _tensor_operands(node: Node) -> bool:
-    shapes = [tensor_value(a) for a in node.args[:2]]
-    return len(shapes) == 2 and all(v is not None and v.dim() >= 2 and v.is_floating_point() for v in shapes)
-
-
-def passed_through(program: Program, node: Node) -> Node:
-    """The value that ``node`` only carries on: casts, reshapes, dropout and stochastic depth are looked through."""
-    while True:
-        inner = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if inner is None:
-            return node
-        if packet(node) in _PASSING or (node.op == "call_module" and _carries(program.layer(node))):
-            node = inner
-        else:
-            return node
-
-
-def _carries(layer: nn.Module) -> bool:
-    if isinstance(layer, Region):
-        evaluation = layer.graphs.get("eval")
-        return (
-            evaluation is not None
-            and all(n.op in ("placeholder", "output") for n in evaluation.nodes)
-            and len(layer.graphs["train"].output_node().all_input_nodes) == 1
+    def through(self, value: Node, axis: int, residual: Collection[Node]) -> Stream:
+        """The stream that holds a value: everything that it reaches forwards and backwards."""
+        axes: dict[Node, int] = {}
+        sources: dict[Node, list[tuple[Node, int]]] = {}
+        readers: list[Reader] = []
+        torn, ahead = None, [(value, axis)]
+        while ahead:
+            node, own = ahead.pop()
+            if node in axes:
+                torn = node if axes[node] != own else torn
+                continue
+            axes[node] = own
+            sources[node] = list(carry.sources(self.program, node, own))
+            ahead += sources[node]
+            if node.op != "get_attr":  # others may read a parameter as another thing than this stream
+                ahead += self._users(node, own, readers)
+        values = {node: axes[node] for node in sorted(axes, key=self.order.__getitem__)}
+        return Stream(
+            values,
+            carry.size(value, axis),
+            writers=tuple(n for n in values if not sources[n]),
+            readers=tuple(sorted(readers, key=lambda r: self.order[r.node])),
+            additions=tuple(n for n in values if packet(n) in ADDS),
+            residual=tuple(n for n in values if n in residual),
+            offsets=tuple(n for n in values if sources[n] and _adds_number(n, len(sources[n]))),
+            dropouts=tuple((n, p) for n in values if (p := self._rate(n)) > 0),
+            torn=torn,
         )
-    return isinstance(layer, _DropoutNd | nn.Identity)
+
+    def _users(self, node: Node, axis: int, readers: list[Reader]) -> Iterator[tuple[Node, int]]:
+        """The users that carry a value on; the others are noted as its readers."""
+        for user in node.users:
+            moved = carry.carried(self.program, user, node, axis)
+            if moved is not None:
+                yield user, moved
+            else:
+                readers.append(Reader(user, node, axis))
+
+    def _rate(self, node: Node) -> float:
+        layer: Any = self.program.layer(node) if node.op == "call_module" else None
+        return float(layer.p) if isinstance(layer, _DropoutNd) else 0.0
 
 
-def post_norms(program: Program, norms: Sequence[Norm]) -> list[Norm]:
-    """The norms of post-norm blocks: they normalize a residual sum, and the stream goes on from their output."""
-    residuals = residual_adds(program)
-    sums, skips = {r.node for r in residuals}, {r.skip for r in residuals}
-    normed = {norm.node: source for norm in norms if (source := _normed(program, norm)) is not None}
-    found = {node for node, source in normed.items() if source in sums and node in skips}
-    # the last norm of a post-norm model ends the stream: nothing is added to its output any more
-    ends = {r.node for r in residuals if r.skip in found}
-    return [norm for norm in norms if norm.node in found or normed.get(norm.node) in ends]
-
-
-def _normed(program: Program, norm: Norm) -> Node | None:
-    source = norm.node.args[0]
-    return passed_through(program, source) if isinstance(source, Node) else None
+def _adds_number(node: Node, carried: int) -> bool:
+    """Whether a sum has an operand that is the same all along the axis, and not 0."""
+    if packet(node) not in (*ADDS, aten.where):
+        return False
+    operands = list(node.args[1:] if packet(node) is aten.where else node.args[:2])
+    twice = len(operands) == 2 and operands[0] is operands[1]
+    return carried < len([o for o in operands if isinstance(o, Node) or o != 0]) - twice

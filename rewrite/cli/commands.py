@@ -179,7 +179,7 @@ def show(
 ) -> None:
     """Show what passes see of a model, and what they cannot see into."""
     from .job import Model
-    from .render import show_program
+    from .shown import show_program
 
     with _steps() as steps:
         source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)

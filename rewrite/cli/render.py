@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ FIGURES = ("output error", "site error")
 def show_outcome(console: Console, outcome: Outcome) -> None:
     """What a run did, pass by pass, and where the result is."""
     program, spec = outcome.program, outcome.job.model.spec
-    console.print(_headline(outcome.before, captured=not outcome.job.model.is_program))
+    console.print(headline(outcome.before, captured=not outcome.job.model.is_program))
     if outcome.records:
         console.print(records_table(outcome.records))
     if program.opaque:
@@ -70,7 +69,7 @@ def _show_written(console: Console, outcome: Outcome) -> None:
     console.print(Text.assemble(verb, (str(written.path), "bold green"), f": {written.kind}"), soft_wrap=True)
 
 
-def _headline(program: Program, *, captured: bool) -> Text:
+def headline(program: Program, *, captured: bool) -> Text:
     took = f", captured in {sum(program.origin.seconds.values()):.1f} s" if captured else ""
     name = program.origin.model_class.rpartition(".")[2]
     return Text.assemble((name, "bold"), f", {parameter_count(program):,} parameters{took}")
@@ -78,10 +77,10 @@ def _headline(program: Program, *, captured: bool) -> Text:
 
 def records_table(records: Sequence[Record]) -> Table:
     """One section a pass: what it changed, what it left alone and why, what was proven, figures and warnings."""
-    return _two_columns(*(_record_rows(record) for record in records))
+    return two_columns(*(_record_rows(record) for record in records))
 
 
-def _two_columns(*sections: Iterable[tuple[str, RenderableType]]) -> Table:
+def two_columns(*sections: Iterable[tuple[str, RenderableType]]) -> Table:
     table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -97,7 +96,7 @@ def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
     yield "promises", record.contract
     yield "changed", _changed(record)
     if record.skipped:
-        yield "left alone", _by_reason((skipped.path, skipped.reason) for skipped in record.skipped)
+        yield "left alone", by_reason((skipped.path, skipped.reason) for skipped in record.skipped)
     yield "proven", _proven(record.verification)
     if record.verification is not None:
         for check in record.verification.checks:
@@ -111,11 +110,11 @@ def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
 
 def _changed(record: Record) -> RenderableType:
     if record.changes:
-        return _by_reason((site.path, f"{site.kind}: {site.detail}".rstrip(": ")) for site in record.changes)
+        return by_reason((site.path, f"{site.kind}: {site.detail}".rstrip(": ")) for site in record.changes)
     return Text("nothing" if record.skipped else "nothing: the model has no place for this pass", "yellow")
 
 
-def _by_reason(pairs: Iterable[tuple[str, str]]) -> RenderableType:
+def by_reason(pairs: Iterable[tuple[str, str]]) -> RenderableType:
     """`25  LayerNorm -> DynamicTanh` and below it some of the paths, for each reason, the most frequent first."""
     groups: dict[str, list[str]] = {}
     for path, reason in pairs:
@@ -206,86 +205,6 @@ def _reflowed(paragraph: str) -> str:
     """One line for the terminal to wrap, unless its lines are set by hand."""
     lines = paragraph.splitlines()
     return paragraph if any(line.startswith((" ", "-")) for line in lines) else " ".join(lines)
-
-
-# ---- show ----------------------------------------------------------------------------------------------------
-
-
-def show_program(console: Console, program: Program, *, captured: bool) -> None:
-    """The layer graph at a glance: inputs, layers by type, norms, what passes cannot see, notes, history.
-
-    ``captured`` says whether this run did that, and so whether its seconds are of interest.
-    """
-    console.print(_headline(program, captured=captured))
-    console.print(_two_columns(_sections(program)))
-
-
-def _sections(program: Program) -> Iterator[tuple[str, RenderableType]]:
-    yield "class", program.origin.model_class
-    yield "tensors", _tensors(program)
-    yield "inputs", Group(*_inputs(program))
-    yield "layers", _counted(_layer_types(program))
-    yield "functions", _counted(_function_names(program))
-    yield "norms", Group(*_norms(program) or [Text("no LayerNorm or RMSNorm in any spelling")])
-    parts = [Text.assemble((part.path or "(the model)", "bold"), f" {part.kind}: {part.reason}") for part in program.opaque]
-    yield "opaque", Group(*parts or [Text("nothing: passes see every part")])
-    for note in program.origin.notes:
-        yield "note", Text(note, "yellow")
-    for record in program.history:
-        yield "history", Text(record.text, "cyan")
-
-
-def _tensors(program: Program) -> Text:
-    parameters = list(program.module.parameters())
-    buffers = sum(buffer.numel() for buffer in program.module.buffers())
-    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-    dtypes = Counter({str(p.dtype).removeprefix("torch."): 0 for p in parameters})
-    for parameter in parameters:
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    names = ", ".join(name for name, _ in dtypes.most_common())
-    extra = [f"{frozen:,} frozen"] * bool(frozen) + [f"{buffers:,} in buffers"] * bool(buffers)
-    return Text(", ".join([f"{sum(dtypes.values()):,} {names}".strip(), *extra]))
-
-
-def _inputs(program: Program) -> list[RenderableType]:
-    """`x float32 [2 dynamic, 3, 224, 224]`, one line an input."""
-    shapes: dict[str, list[str]] = {}
-    dtypes: dict[str, str] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            shapes[node.name] = []
-            dtypes[node.name] = str(getattr(node.meta.get("val"), "dtype", "")).removeprefix("torch.")
-    for dimension in program.dimensions:
-        mark = " dynamic" if dimension.dynamic else ""
-        shapes.setdefault(dimension.input, []).append(f"{dimension.size}{mark}")
-    return [Text.assemble((name, "bold"), f" {dtypes.get(name, '')} [{', '.join(sizes)}]") for name, sizes in shapes.items()]
-
-
-def _layer_types(program: Program) -> Counter[str]:
-    return Counter(type(layer).__name__ for _, layer in program.layers())
-
-
-def _function_names(program: Program) -> Counter[str]:
-    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
-    names = (getattr(call, "__name__", str(call)) for call in calls)
-    return Counter(name.removesuffix(".default") for name in names)
-
-
-def _counted(counts: Counter[str]) -> Text:
-    parts = [Text.assemble((str(count), "bold"), f" {name}") for name, count in counts.most_common()]
-    return Text(", ").join(parts) if parts else Text("none")
-
-
-def _norms(program: Program) -> list[RenderableType]:
-    from rewrite.analysis.norms import norms
-
-    groups: dict[str, list[str]] = {}
-    for norm in norms(program):
-        kind = norm.types[-1] or norm.layer_name
-        spelled = "" if kind == norm.layer_name else f" ({norm.layer_name})"
-        eps = "" if norm.eps is None else f" eps {norm.eps:g}"
-        groups.setdefault(f"{kind}{spelled} {list(norm.shape)}{eps}", []).append(norm.path)
-    return [_by_reason((path, kind) for path in paths) for kind, paths in groups.items()]
 
 
 def _number(count: int, noun: str) -> str:

@@ -1,0 +1,113 @@
+"""The residual structure of a model: which additions are residual, which norms sit on the stream itself."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from rewrite.graph.nodes import aten, packet, tensor_value
+from rewrite.graph.program import Program
+
+from .carry import is_carrier
+from .norms import Norm
+
+ADDS = (aten.add, aten.add_)
+_PASSING = (
+    aten.reshape,
+    aten.contiguous,
+    aten.clone,
+    aten.to,
+    aten.flatten,
+    aten.unflatten,
+    aten.transpose,
+    aten.permute,
+    aten.detach,
+)
+
+
+@dataclass(frozen=True)
+class ResidualAdd:
+    """stream + branch(stream): ``skip`` is the value carried on, ``branch`` what was computed from it."""
+
+    node: Node
+    skip: Node
+    branch: Node
+
+
+def residual_adds(program: Program) -> list[ResidualAdd]:
+    """Every addition one of whose operands was computed from the other, in execution order.
+
+    A parallel block adds several branches of one value, one after the other: there the second addition's branch was
+    computed from what the first one started from.
+    """
+    downstream = _Downstream(program)
+    origin: dict[Node, Node] = {}
+    found: list[ResidualAdd] = []
+    for add in program.graph.nodes:
+        if packet(add) not in ADDS or not _tensor_operands(add):
+            continue
+        left, right = (passed_through(program, operand) for operand in add.args[:2] if isinstance(operand, Node))
+        for skip, branch in ((left, right), (right, left)):
+            starts = [skip, *([origin[skip]] if skip in origin else [])]
+            start = next((s for s in starts if skip is not branch and downstream.of(s, branch)), None)
+            if start is not None:
+                origin[add] = start
+                found.append(ResidualAdd(add, skip, branch))
+                break
+    return found
+
+
+class _Downstream:
+    """What was computed from what. Each value is followed no further than the last node that was asked about."""
+
+    def __init__(self, program: Program) -> None:
+        self._order = {node: i for i, node in enumerate(program.graph.nodes)}
+        self._seen: dict[Node, set[Node]] = {}
+        self._ahead: dict[Node, list[tuple[int, Node]]] = {}
+
+    def of(self, source: Node, node: Node) -> bool:
+        """Whether ``node`` was computed from ``source``."""
+        seen, ahead = self._seen.setdefault(source, set()), self._ahead.setdefault(source, [(self._order[source], source)])
+        while ahead and ahead[0][0] <= self._order[node]:
+            _, reached = heapq.heappop(ahead)
+            for user in reached.users:
+                if user not in seen:
+                    seen.add(user)
+                    heapq.heappush(ahead, (self._order[user], user))
+        return node in seen
+
+
+def _tensor_operands(node: Node) -> bool:
+    shapes = [tensor_value(a) for a in node.args[:2]]
+    return len(shapes) == 2 and all(v is not None and v.dim() >= 2 and v.is_floating_point() for v in shapes)
+
+
+def passed_through(program: Program, node: Node) -> Node:
+    """The value that ``node`` only carries on: casts, reshapes, dropout and stochastic depth are looked through."""
+    while True:
+        inner = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if inner is None:
+            return node
+        if packet(node) in _PASSING or (node.op == "call_module" and is_carrier(program.layer(node))):
+            node = inner
+        else:
+            return node
+
+
+def post_norms(program: Program, norms: Sequence[Norm]) -> list[Norm]:
+    """The norms of post-norm blocks: they normalize a residual sum, and the stream goes on from their output."""
+    residuals = residual_adds(program)
+    sums, skips = {r.node for r in residuals}, {r.skip for r in residuals}
+    normed = {norm.node: source for norm in norms if (source := _normed(program, norm)) is not None}
+    found = {node for node, source in normed.items() if source in sums and node in skips}
+    # the last norm of a post-norm model ends the stream: nothing is added to its output any more
+    ends = {r.node for r in residuals if r.skip in found}
+    return [norm for norm in norms if norm.node in found or normed.get(norm.node) in ends]
+
+
+def _normed(program: Program, norm: Norm) -> Node | None:
+    source = norm.node.args[0]
+    return passed_through(program, source) if isinstance(source, Node) else None
