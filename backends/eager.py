@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rewrite.lowering.flat import evaluated
+from rewrite.lowering.inference import evaluated
 
 if TYPE_CHECKING:
     from rewrite.graph.program import LayerGraph, Program

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rewrite.lowering.flat import evaluated
+from rewrite.lowering.inference import evaluated
 
 from .eager import Inference
 

@@ -12,6 +12,8 @@ PASSES = "rewrite.passes"
 
 BACKENDS = "rewrite.backends"
 
+PROPERTIES = "rewrite.properties"
+
 INSTALL = "rewrite is not installed and so has no passes: run `pip install -e .` in its folder"
 
 
@@ -26,6 +28,11 @@ def installed(group: str) -> dict[str, EntryPoint]:
     if not found:
         raise RewriteError(INSTALL)
     return found
+
+
+def announced(group: str) -> tuple[EntryPoint, ...]:
+    """The group's entry points, where there may be none."""
+    return tuple(entry_points(group=group))
 
 
 def find(group: str, kind: str, name: str) -> EntryPoint:
@@ -66,7 +73,7 @@ def announced_layers(kinds: Collection[type]) -> set[type]:
 
 def _inserted(package: str) -> Iterator[type]:
     """The layer classes of all passes of a package; a pass that cannot be imported has put nothing into a model."""
-    for entry_point in entry_points(group=PASSES):
+    for entry_point in announced(PASSES):
         if entry_point.module.partition(".")[0] == package:
             try:
                 yield from getattr(load(entry_point, "pass"), "inserts", ())

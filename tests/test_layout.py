@@ -15,7 +15,7 @@ from rewrite.torch_private import ATTRIBUTES, NAMES
 ROOT = Path(__file__).parents[1]
 #: What each wing may import of the others, `wing` or `wing.module`; errors and torch's private names are for all.
 WINGS = {
-    "graph": (),
+    "graph": ("plugins",),
     "sources": (),
     "numerics": ("graph",),
     "frontend": ("graph", "numerics", "plugins"),

@@ -14,6 +14,7 @@ from rewrite.errors import RewriteError
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, export_program, widened
 from rewrite.graph.regions import Region
+from rewrite.lowering.inference import evaluated
 from rewrite.torch_private import schema, serialize
 
 from .specs import plain_spec
@@ -54,7 +55,7 @@ def write_evaluation(program: Program, writer: Writer, tensors: TensorWriter, ex
 
 def exported_evaluation(program: Program) -> ExportedProgram:
     """The program in evaluation mode, outputs in plain containers, exported once more."""
-    module = program.clone(share=True).module.eval()
+    module = evaluated(program, share=True)
     spec = plain_spec(module.interface.output_specs[1])
     module.__dict__["interface"] = replace(module.interface, output_specs=(spec, spec))
     module.recompile()

@@ -25,6 +25,7 @@ from rewrite.graph.interface import Interface
 from rewrite.graph.layers import Constants
 from rewrite.graph.nodes import fixed_size
 from rewrite.graph.program import Dimension, LayerGraph, Opaque, Origin, Program
+from rewrite.graph.properties import thawed
 from rewrite.sources.installed import Installed
 from rewrite.sources.paths import check_regular
 
@@ -105,6 +106,7 @@ def _encoded(program: Program) -> dict[str, Any]:
             "notes": list(program.origin.notes),
         },
         "history": [record.to_json() for record in program.history],
+        "properties": thawed(program.properties),
     }
 
 
@@ -161,6 +163,7 @@ def _rebuilt(archive: Archive) -> Program:
     if sum(node.op == "placeholder" for node in graph.nodes) != interface.input_count:
         raise RewriteError("its graph has other inputs than its interface")
     module = LayerGraph(root, graph, interface)
+    module.assume(checked.table(data.get("properties", {}), "properties"))
     args, kwargs = read_examples(archive.read(EXAMPLES))
     interface.bind(args, kwargs)
     revalue(module, graph)

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs, widened
+from rewrite.graph.hooks import hung
 from rewrite.graph.nodes import call_arguments, overload
 from rewrite.graph.program import LayerGraph, Opaque, Origin, Program
 from rewrite.plugins import announced_layers
@@ -131,6 +132,7 @@ class _Capture:
         finish(graph, skeleton, self.model, train)
         module = LayerGraph(skeleton.root, graph, interface)
         copy_modes(self.model, module)
+        module.assume(hung(self.model))
         return module
 
     def _align(self, graph: Graph, check: Graph, recast: bool, skeleton: Skeleton) -> None:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, dynamic_choices, quiet
+from rewrite.graph.hooks import take_down
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
 from .as_eager import SizeDecisions, View, seen_as
@@ -95,6 +96,7 @@ def isolate(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor] = 
     for module in made.modules():
         if isinstance(module, _BatchNorm) and module.momentum is None:
             module.momentum = 0.1  # a cumulative average depends on data, which export refuses; lift restores None
+    take_down(made)  # properties are no part of a graph
     return made
 
 

@@ -17,6 +17,7 @@ _serial = itertools.count()
 _SHADOWED = frozenset(
     {
         "adopt",
+        "assume",
         "bias_name",
         "channel_axis",
         "channels",
@@ -30,6 +31,7 @@ _SHADOWED = frozenset(
         "interface",
         "kind",
         "offset",
+        "properties",
         "reason",
         "recompile",
         "runs",

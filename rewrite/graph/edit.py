@@ -24,9 +24,10 @@ from .fakes import fake_value
 from .maps import Compute, ParameterMap
 from .nodes import attribute
 from .program import Container, Program
+from .properties import thawed
 from .tree import Places
 
-Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter", "set attribute", "sweep"]
+Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter", "set attribute", "set property", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,16 @@ class Editor:
         old = getattr(layer, name, None)
         setattr(layer, name, value)
         self._note("set attribute", path, "", f"{name}: {old} -> {value}")
+
+    def set_property(self, name: str, value: Any) -> None:
+        """Set a property of the program, a plain JSON value; None takes it away.
+
+        Raises RewriteError for a name that no installed package announces, and for a value that it cannot have.
+        """
+        before = self.program.properties
+        after = {**before, name: value} if value is not None else {k: v for k, v in before.items() if k != name}
+        self.program.module.assume(after)
+        self._note("set property", "", name, f"{name}: {thawed(before.get(name))} -> {thawed(value)}")
 
     def sweep(self) -> None:
         """Take the layers that nothing calls any more, since their calls were removed, out of the module tree."""

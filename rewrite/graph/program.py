@@ -17,6 +17,7 @@ from .codegen import compile_graph, copy_graph
 from .fakes import Fakes
 from .interface import Interface, make_forward
 from .nodes import attribute
+from .properties import NONE, checked, under
 
 if TYPE_CHECKING:
     from .history import Record
@@ -40,6 +41,7 @@ class LayerGraph(nn.Module):
     interface: Interface
     code: str
     shapes: Fakes
+    properties: Mapping[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LayerGraph:
         own = type("LayerGraph", (LayerGraph,), {"__module__": cls.__module__})
@@ -51,6 +53,7 @@ class LayerGraph(nn.Module):
         self.__dict__["graph"] = graph
         self.__dict__["interface"] = interface
         self.__dict__["shapes"] = Fakes()
+        self.__dict__["properties"] = NONE
         self.recompile()
 
     def adopt(self, root: nn.Module) -> None:
@@ -63,7 +66,12 @@ class LayerGraph(nn.Module):
         """Generate ``forward`` anew from the graph; needed after every edit, done by the edit layer."""
         run, source = compile_graph(self.graph)
         self.__dict__["code"] = source
-        type(self).forward = make_forward(self.interface, run)
+        type(self).forward = make_forward(self.interface, under(run, self.properties))
+
+    def assume(self, properties: Mapping[str, Any]) -> None:
+        """Run under these properties from now on. Raises RewriteError for one that is not known, or has a wrong value."""
+        self.__dict__["properties"] = checked(properties)
+        self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraph:
         root = nn.Module()
@@ -75,6 +83,7 @@ class LayerGraph(nn.Module):
         nn.Module.__init__(made)
         made.adopt(root)
         made.__dict__.update(graph=copy_graph(self.graph), interface=self.interface, code=self.code, shapes=self.shapes)
+        made.__dict__["properties"] = self.properties
         type(made).forward = type(self).forward  # the same graph under the same names: the same code
         return made
 
@@ -138,6 +147,11 @@ class Program:
     def graph(self) -> Graph:
         """The ``torch.fx`` graph of the module."""
         return self.module.graph
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """What holds for the whole program and is no node of its graph, by name; passes set it by the editor."""
+        return self.module.properties
 
     def clone(self, *, share: bool = False) -> Program:
         """A program with its own skeleton and graph; its tensors are copies, or the same ones with ``share``."""

@@ -15,6 +15,8 @@ from rewrite.graph.interface import Argument, Interface
 from rewrite.numerics.sizes import resized
 from rewrite.torch_private import pytree
 
+from .inference import evaluated
+
 if TYPE_CHECKING:
     from rewrite.graph.program import Dimension, LayerGraph, Program
 
@@ -130,10 +132,3 @@ def other_sizes(program: Program) -> Iterator[tuple[str, list[list[torch.Tensor]
     ]
     yield "another size", [resized(program, base, rule) for rule in rules]
     yield "a batch of one", [resized(program, base, lambda d: 1 if d.axis == 0 else d.size)]
-
-
-def evaluated(program: Program) -> LayerGraph:
-    """A copy of the program's module in evaluation mode; the program is left as it is."""
-    module = program.clone().module
-    module.eval()
-    return module

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from rewrite.errors import RewriteError
 from rewrite.graph import meta
+from rewrite.graph.hooks import hang
 from rewrite.graph.nodes import attribute, module_key, module_stack
 from rewrite.graph.program import LayerGraph, Program
 from rewrite.graph.tree import Places, on_meta, tied
@@ -48,6 +49,7 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     places = Places(made)
     for path, layer in layers.items():
         _set(places, made, path, _followed(layer, tails[path]))
+    hang(made, program.properties)
     if verify:
         _verify(program, made)
     return made
@@ -77,7 +79,7 @@ def _check_shapes(program: Program, model: nn.Module) -> None:
 def _edited_paths(program: Program) -> Iterator[str]:
     for record in program.history:
         for site in record.changes:
-            if site.kind == "set parameter":
+            if site.kind in ("set parameter", "set property"):
                 continue
             if site.kind != "replace layer":
                 raise RewriteError(

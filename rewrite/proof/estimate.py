@@ -78,7 +78,7 @@ def _quality(cut: Cut, worlds: tuple[World, World], tape: Tape, step: Promising,
     got, spread = _mean(runs)
     true = torch.cat([_flat(truth.gradients.get(name), got[name]) for name in got] or [torch.zeros(0)])
     mine = torch.cat([_flat(one, one) for one in _one(first, got)] or [torch.zeros(0)])
-    return Quality(_formula_error(got, wanted, spread, len(runs)), *_nearness(true, mine), cut.name)
+    return Quality(_formula_error(got, wanted, spread, len(runs)), *nearness(true, mine), cut.name)
 
 
 def _by_formula(
@@ -140,7 +140,7 @@ def _beyond(distance: torch.Tensor, deviation: torch.Tensor) -> float:
     return max(single, every, 0.0)
 
 
-def _nearness(true: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
+def nearness(true: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
     """Relative error (root mean square) and cosine."""
     size, mine = float(true.norm()), float(got.norm())
     if not size or not mine:

@@ -17,6 +17,7 @@ from rewrite.graph.edit import Change, Kind
 from rewrite.graph.history import Check
 from rewrite.graph.nodes import attribute
 from rewrite.graph.program import Container, Program
+from rewrite.graph.properties import thawed
 from rewrite.graph.tree import names_of_modules, names_of_tensors
 
 from .identity import Sameness
@@ -46,6 +47,7 @@ class Edits:
     rewired: frozenset[str] = frozenset()
     swept: frozenset[str] = frozenset()
     attributes: frozenset[str] = frozenset()
+    properties: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, after: Program, changes: Sequence[Change]) -> Edits:
@@ -60,7 +62,8 @@ class Edits:
         swept = frozenset(c.path for c in changes if c.kind == "sweep")
         attributes = frozenset(f"{c.path}.{c.detail.partition(':')[0]}" for c in changes if c.kind == "set attribute")
         nodes = (touched("insert"), touched("remove"), touched("rewire"))
-        return cls(layers, _above(layers), tensors, called, *nodes, swept, attributes)
+        properties = frozenset(c.node for c in changes if c.kind == "set property")
+        return cls(layers, _above(layers), tensors, called, *nodes, swept, attributes, properties)
 
 
 def _aliases(names: Mapping[int, Sequence[str]], paths: Sequence[str]) -> frozenset[str]:
@@ -117,6 +120,9 @@ class _Frame:
         ours, theirs = ((p.example_args, dict(p.example_kwargs)) for p in (self.before, self.after))
         if not self.same.value(ours, theirs):
             yield Difference("", "its example inputs changed")
+        old, new = self.before.properties, self.after.properties
+        changed = [name for name in {**old, **new} if thawed(old.get(name)) != thawed(new.get(name))]
+        yield from (Difference(name, "the property changed") for name in changed if name not in self.edits.properties)
 
     def _nodes(self) -> Iterator[Difference]:
         gone = [n for n in self.old if n not in self.new and n not in self.edits.removed]

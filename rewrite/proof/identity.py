@@ -15,8 +15,8 @@ from rewrite.graph.program import LayerGraph
 from rewrite.numerics.compare import same_bytes
 
 _STATE = ("_parameters", "_buffers", "_modules")
-#: What a graph module and a layer graph are made of besides, which is compared as a graph, or made from it.
-_DERIVED = ("graph", "interface", "code", "runs", "_graph", "_code", "_tracer_cls", "_tracer_extras", "meta")
+#: What a graph module and a layer graph are made of besides, which is compared by itself, or made from it.
+_DERIVED = ("graph", "interface", "properties", "code", "runs", "_graph", "_code", "_tracer_cls", "_tracer_extras", "meta")
 
 
 class Sameness:

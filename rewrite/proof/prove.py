@@ -17,6 +17,7 @@ from .figures import reported
 from .frame import differs, frame
 from .kept import structure
 from .promises import Rewritten, kept_promises
+from .properties import properties_held
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def _values(claim: Claim) -> Iterator[Check]:
     yield _deterministic(claim)
     first = list(kept_promises(_rewritten(claim, claim.before, claim.after, claim.changes)))
     yield from first
+    yield from properties_held(claim.before, claim.after, contract, claim.seed)
     if all(check.passed for check in first):
         probe = perturbed(claim.before, claim.seed)
         after, changes = claim.rerun(probe)

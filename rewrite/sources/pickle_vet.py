@@ -47,6 +47,9 @@ _DATA = {"builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.c
 _DATA |= {"torch.Size", "torch.device", "torch.serialization._get_layout", "collections.OrderedDict"}
 _CALLED = REBUILD | _DATA | {TYPED, _GETATTR, "functools.partial", "_codecs.encode"}
 _FUNCTIONS = {"torch.nn.functional", "torch._C._nn", "torch._C._special"}
+#: The hooks by which a grafted model runs under the properties of its program: each applies what an installed package
+#: announces under a name, with a value that it checks, and nothing else.
+_OURS = {"rewrite.graph.hooks.Enter", "rewrite.graph.hooks.Leave"}
 _HOOKS = re.compile(r"_.*_hooks(_with_kwargs|_always_called)?|_compiled_call_impl")
 Allowed = tuple[Callable[..., Any], str]
 # Beside `__del__` and unpickling methods: what turns a stored value into a call.
@@ -153,7 +156,7 @@ def _resolve(found: Scan, unsafe: set[str], installed: Installed) -> dict[str, A
     objects = {path: _import(name, installed) for path, name in rebuilt.items()}
     packages = {_package(path) for path, value in objects.items() if _is_module_class(value)} - {"torch"}
     for path, value in objects.items():
-        if not (_is_module_class(value) or (_is_data_class(value) and _package(path) in packages)):
+        if not (_is_module_class(value) or path in _OURS or (_is_data_class(value) and _package(path) in packages)):
             raise RefusedError(f"rebuilds a {path}, which is neither a module nor plain data")
     for path in called.keys() - _CALLED:
         objects[path] = _import(called[path], installed)
@@ -271,12 +274,17 @@ def _check_attribute(owner: str, key: object, value: Any, allowed: dict[str, Any
     if not issubclass(cls, nn.Module):
         return
     mapping = isinstance(value, Node) and value.is_mapping
-    if _HOOKS.fullmatch(key) and not (value is None or (mapping and not value.entries)):
+    if _HOOKS.fullmatch(key) and not (value is None or (mapping and all(map(_is_ours, value.entries[1::2])))):
         raise RefusedError(f"sets {key} on a {owner}, and hooks are not loaded safely")
     if key == "_modules":
         children = value.entries[1::2] if mapping else [value]
         if not all(child is None or _is_module_node(child, allowed) for child in children):
             raise RefusedError(f"gives a {owner} a child that is no module")
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether an entry among a module's hooks is one of ours, or says of one that it is always called."""
+    return hook is True or (isinstance(hook, Node) and hook.kind == "new" and hook.callee in _OURS)
 
 
 def _is_module_node(value: Any, allowed: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite.graph.program import Program
+from rewrite.graph.properties import thawed
 from rewrite.torch_private import pytree
 
 _PLAIN = (bool, int, float, str, bytes, type(None), tuple, torch.dtype, torch.Size)
@@ -143,6 +144,7 @@ def first_difference(a: Program, b: Program) -> str:
     pairs = (
         (dict(enumerate(graph_lines(a))), dict(enumerate(graph_lines(b)))),
         (_layers(a), _layers(b)),
+        ({"properties": str(thawed(a.properties))}, {"properties": str(thawed(b.properties))}),
     )
     for left, right in pairs:
         for key in [*left, *right]:

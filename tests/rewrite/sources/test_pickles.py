@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewrite.errors import RewriteError
+from rewrite.graph.hooks import Enter, hung
 from rewrite.sources.pickles import load_module
 
 # ---- pickles by hand -------------------------------------------------------------------------------------
@@ -480,3 +481,16 @@ def refuse(path: Path, sentinel: Path | None = None, *, match: str | None = None
         load_module(path)
     assert "\n" not in str(caught.value)
     assert sentinel is None or not sentinel.exists()
+
+
+@pytest.mark.parametrize("hook", ["ours", "print"])
+def test_no_hook_is_loaded_but_those_of_this_package(hook: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    hooks: Any = model._forward_pre_hooks
+    hooks["rewrite masks"] = Enter("masks", {"share": 0.5}) if hook == "ours" else print
+    torch.save(model, tmp_path / "net.pt")
+    if hook == "ours":
+        assert hung(load_module(tmp_path / "net.pt")) == {"masks": {"share": 0.5}}
+    else:
+        with pytest.raises(RewriteError, match=r"builtins\.print"):
+            load_module(tmp_path / "net.pt")

@@ -1,0 +1,70 @@
+"""Properties on a module of the user's: hooks around its forward, copied and pickled with it, that a capture reads back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .properties import frozen, known, thawed
+
+_MARK = "rewrite "
+"""Begins the keys of our hooks in a module: numbers, as torch gives, begin anew in each process and would collide."""
+
+_entered: ContextVar[tuple[AbstractContextManager[Any], ...]] = ContextVar("contexts around running forwards", default=())
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A hook on a module of the user's: enters the context of a property before its forward."""
+
+    name: str
+    value: Any
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        around = known(self.name).around
+        context = nullcontext() if around is None else around(module, frozen(self.value))
+        context.__enter__()
+        _entered.set((*_entered.get(), context))
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The hook that leaves the innermost context after the forward, also where that raised."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        *outer, context = _entered.get()
+        _entered.set(tuple(outer))
+        context.__exit__(None, None, None)
+
+
+def hang(model: nn.Module, properties: Mapping[str, Any]) -> None:
+    """Let a module of the user's run under these properties and no others, by hooks that are copied and pickled with it."""
+    take_down(model)
+    before, after, always = _held(model)
+    for name, value in properties.items():
+        before[_MARK + name] = Enter(name, thawed(value))
+        after[_MARK + name] = Leave()
+        always[_MARK + name] = True
+
+
+def hung(model: nn.Module) -> Mapping[str, Any]:
+    """The properties that a module of the user's runs under."""
+    hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Enter)]
+    return {hook.name: hook.value for hook in hooks}
+
+
+def take_down(model: nn.Module) -> None:
+    """Take the hooks off again."""
+    for held in _held(model):
+        for key in [key for key in held if isinstance(key, str) and key.startswith(_MARK)]:
+            del held[key]
+
+
+def _held(model: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
+    """Where torch keeps a module's hooks, and which of them are called where the forward raised, too."""
+    return model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called
