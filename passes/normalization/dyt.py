@@ -10,6 +10,7 @@ from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.residuals import post_norms
+from rewrite.analysis.unseen import unseen_text
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import NEW, Contract
@@ -88,6 +89,8 @@ class DyT(Pass):
         posts = [norm.path for norm in post_norms(program, norms(program)) if norm.path in chosen]
         if posts:
             context.warn(f"DyT is known not to train in place of post-norms, and these are: {', '.join(posts)}")
+        if rest := unseen_text(program, "norm"):
+            context.warn(rest)
         for path, norm in chosen.items():
             context.edit.replace_layer(path, self.layer_for(norm))
 

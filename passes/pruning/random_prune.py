@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from rewrite.analysis.linears import linears
+from rewrite.analysis.unseen import unseen_text
+from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.like import like
 from rewrite.graph.tree import names_of_tensors
 from rewrite.pipeline.pass_ import Pass, option
@@ -44,6 +47,13 @@ class MaskedLinear(Masked, nn.Linear):
         return F.linear(x, self.masked(), self.bias)
 
 
+class MaskedTransposedLinear(Masked, TransposedLinear):
+    """y = x (W ∘ M) + b, W [in_features, out_features]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.masked())
+
+
 class MaskedConv1d(Masked, nn.Conv1d):
     """y = conv(x, W ∘ M) + b."""
 
@@ -60,7 +70,12 @@ class MaskedConv2d(Masked, nn.Conv2d):
         return found
 
 
-_KINDS: Mapping[type[nn.Module], Any] = {nn.Linear: MaskedLinear, nn.Conv1d: MaskedConv1d, nn.Conv2d: MaskedConv2d}
+_KINDS: Mapping[type[nn.Module], Any] = {
+    nn.Linear: MaskedLinear,
+    TransposedLinear: MaskedTransposedLinear,
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+}
 
 
 class Site(NamedTuple):
@@ -97,6 +112,7 @@ class RandomPrune(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         names = names_of_tensors(program.module)
+        self._tell_of_the_rest(program, context)
         free = []
         for site in context.choose(_sites(program), self.where):
             shared = len(names[id(site.layer.weight)]) > 1
@@ -108,6 +124,14 @@ class RandomPrune(Pass):
         for site, density in zip(free, shares, strict=True):
             kind = next(made for base, made in _KINDS.items() if isinstance(site.layer, base))
             context.edit.replace_layer(site.path, like(site.layer, kind, mask=self._mask(site, density)))
+
+    def _tell_of_the_rest(self, program: Program, context: Context) -> None:
+        for linear in linears(program):
+            if linear.layer is None:
+                weights = ", ".join(dict.fromkeys(rows.path for rows in linear.weight))
+                context.skip(linear.path, f"it multiplies with {weights} in its own code: there is no layer to mask")
+        if rest := unseen_text(program, "linear", "convolution"):
+            context.warn(rest)
 
     def _mask(self, site: Site, density: float) -> torch.Tensor:
         """A mask of the weight's shape with round(density · n) ones, drawn from the seed and the path."""
@@ -126,8 +150,8 @@ class RandomPrune(Pass):
         assert isinstance(new, Masked)
         layer: Any = new
         weight = torch.where(layer.mask, layer.weight, 0)
-        if isinstance(new, MaskedLinear):
-            product: torch.Tensor = x @ weight.t()
+        if isinstance(new, MaskedLinear | MaskedTransposedLinear):
+            product: torch.Tensor = x @ (weight.t() if isinstance(new, MaskedLinear) else weight)
             return product if layer.bias is None else product + layer.bias
         convolve = F.conv1d if isinstance(new, MaskedConv1d) else F.conv2d
         found: torch.Tensor = convolve(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -8,12 +8,13 @@ from collections.abc import Collection, Sequence
 from torch import nn
 from torch.fx import Graph, Node
 
-from rewrite.graph.layers import ModalOperator
+from rewrite.graph.layers import ModalOperator, TransposedLinear
 from rewrite.graph.nodes import attribute, mutated_arguments, overload
 from rewrite.graph.regions import Region
 
 _FRESH: tuple[type[nn.Module], ...] = (
     nn.Linear,
+    TransposedLinear,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.graph.layers import AutogradFunction, FunctionCall
-from rewrite.graph.nodes import attribute, call_arguments, module_path, overload, packet
+from rewrite.graph.nodes import attribute, call_arguments, module_key, module_path, overload, packet, tensor_value
 from rewrite.torch_private import _BatchNorm
 
 from .calls import LeafCall
@@ -93,7 +93,8 @@ class _Owners:
 def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owners: _Owners) -> bool:
     layer = lifted.layer()
     owned = dict(lifted.owned)
-    whole = skeleton.covers([node])
+    nodes = lifted.nodes or (node,)
+    whole = skeleton.covers([*nodes, *_sizes_for(nodes)])
     if any(v is not None for v in owned.values()):
         path = owners.find(node, owned, type(layer))
         if path is None:
@@ -111,13 +112,26 @@ def _replace(graph: Graph, node: Node, lifted: Lifted, skeleton: Skeleton, owner
     if known is None:
         _own(layer, owned, owners)
         skeleton.put(path, layer, config)
-    with graph.inserting_before(node):
+    result = nodes[-1]
+    with graph.inserting_before(result):
         call = graph.call_module(path, lifted.inputs)
-    call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    call.meta = {k: v for k, v in result.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
     call.meta["whole"] = whole and attribute(skeleton.root, module_path(node)) is skeleton.layers[path][0]
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
+    result.replace_all_uses_with(call)
+    for each in reversed(nodes):
+        graph.erase_node(each)
     return True
+
+
+def _sizes_for(nodes: tuple[Node, ...]) -> list[Node]:
+    """The sizes that the same module call computes for these nodes alone: nobody needs them once a layer stands there."""
+    key, found = module_key(nodes[-1]), list(nodes)
+    for node in found:
+        for source in node.all_input_nodes:
+            own = tensor_value(source) is None and module_key(source) == key and source not in found
+            if own and all(user in found for user in source.users):
+                found.append(source)
+    return found[len(nodes) :]
 
 
 def _known(node: Node, lifted: Lifted, skeleton: Skeleton) -> bool:

@@ -6,21 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention
-from rewrite.graph.nodes import aten, overload, packet, tensor_value
+from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention, TransposedLinear
+from rewrite.graph.nodes import aten, fixed_size, overload, packet, tensor_value
 
 
 @dataclass(frozen=True)
 class Lifted:
-    """What a rule proposes: a layer, its data arguments, and its parameters and buffers by the name it knows them."""
+    """What a rule proposes: a layer, its data arguments, and its parameters and buffers by the name it knows them.
+
+    ``nodes`` are what it stands for, the one with its value last, where that is more than the operator itself.
+    """
 
     layer: Callable[[], nn.Module]
     inputs: tuple[Any, ...]
     owned: dict[str, Any] = field(default_factory=dict)
     config: Any = None
+    nodes: tuple[Node, ...] = ()
 
 
 Rule = Callable[[Node, dict[str, Any]], Lifted | None]
@@ -56,6 +61,50 @@ def _linear(node: Node, named: dict[str, Any]) -> Lifted | None:
         lambda: nn.Linear(int(inner), int(out), bias=named["bias"] is not None, device="meta"),
         (named["input"],),
         {"weight": named["weight"], "bias": named["bias"]},
+    )
+
+
+@lift_rule(aten.matmul)
+def _matmul(node: Node, named: dict[str, Any]) -> Lifted | None:
+    return _transposed(named["self"], named["other"], None, (node,))
+
+
+@lift_rule(aten.addmm)
+def _addmm(node: Node, named: dict[str, Any]) -> Lifted | None:
+    """x W + b between two reshapes: rows of x flattened, rows of the product put back."""
+    before, after = named["mat1"], next(iter(node.users), None)
+    plain = named["beta"] == named["alpha"] == 1 and len(node.users) == 1
+    if after is None or not plain or not _is_reshape(before) or not _is_reshape(after) or len(before.users) != 1:
+        return None
+    source, rows, result, weight = (tensor_value(n) for n in (before.args[0], before, after, named["mat2"]))
+    if source is None or rows is None or result is None or weight is None or not source.dim():
+        return None
+    if _sizes_of(rows)[1] != _sizes_of(source)[-1] or _sizes_of(result) != (*_sizes_of(source)[:-1], str(weight.shape[1])):
+        return None
+    return _transposed(before.args[0], named["mat2"], named["self"], (before, node, after))
+
+
+def _is_reshape(node: Any) -> bool:
+    return isinstance(node, Node) and packet(node) is aten.reshape
+
+
+def _sizes_of(value: torch.Tensor) -> tuple[str, ...]:
+    """A tensor's sizes as text: to compare dynamic ones without a new condition."""
+    return tuple(str(size) for size in value.shape)
+
+
+def _transposed(source: Any, weight: Any, bias: Any, nodes: tuple[Node, ...]) -> Lifted | None:
+    value = tensor_value(weight)
+    if value is None or value.dim() != 2 or any(fixed_size(size) is None for size in value.shape):
+        return None
+    if bias is not None and (tensor_value(bias) is None or _sizes_of(bias.meta["val"]) != _sizes_of(value)[1:]):
+        return None
+    inner, out = (int(size) for size in value.shape)
+    return Lifted(
+        lambda: TransposedLinear(inner, out, bias=bias is not None, device="meta"),
+        (source,),
+        {"weight": weight, "bias": bias},
+        nodes=nodes,
     )
 
 

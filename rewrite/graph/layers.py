@@ -40,6 +40,36 @@ class ScaledDotProductAttention(nn.Module):
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}"
 
 
+class TransposedLinear(nn.Module):
+    """y = x W + b with W [in_features, out_features], as GPT-2's Conv1D keeps it; b [out_features] or None.
+
+    With a bias x is flattened to a matrix for one ``addmm``, without one it is a ``matmul``: what such modules call.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device)) if bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.weight)
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x W + b with another W of the same shape."""
+        if self.bias is None:
+            return x @ weight
+        rows = torch.addmm(self.bias, x.reshape(-1, self.in_features), weight)
+        return rows.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
 class ModalOperator(nn.Module):
     """An ATen operator some of whose arguments depend on the mode, such as ``lstm(..., train)``.
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, named_line
 from rewrite.graph import meta
 from rewrite.graph.hooks import hang
 from rewrite.graph.nodes import attribute, module_key, module_stack
@@ -226,7 +226,10 @@ class _Comparison:
     def gap(self, mode: Mode) -> tuple[Difference, float]:
         """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
         own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
-        own = self._difference(mode, exact=False)
+        try:
+            own = self._difference(mode, exact=False)
+        except (AttributeError, TypeError) as error:  # the class reads what the new layer does not have
+            raise RewriteError(f"your class does not run with the new layers: {named_line(error)}: save as .pt2") from error
         if own.largest == 0:
             return own, 0.0
         try:

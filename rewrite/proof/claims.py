@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.nodes import attribute, leaves
+from rewrite.graph.nodes import aten, attribute, leaves, packet
 from rewrite.graph.ops import device_of, dtype_of
 from rewrite.graph.program import Program
 from rewrite.torch_private import pytree
@@ -35,12 +35,13 @@ class Claims:
     partner: dict[Node, Node] = field(default_factory=dict)
     tests: dict[Pair, str] = field(default_factory=dict)
     dropped: set[Pair] = field(default_factory=set)
+    varying: set[Node] = field(default_factory=set)
     _known: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, before: Program, after: Program) -> Claims:
         """All claims about a program before and after a pass, from their graphs alone."""
-        made = cls(before, after)
+        made = cls(before, after, varying=varying(before) | varying(after))
         made.settle()
         return made
 
@@ -92,10 +93,10 @@ class Claims:
         for left, right in self._operands(old, new) if not reason else ():
             if not self.is_claimed(left, right) and not self._claim(left, right, "an operand that was rewired"):
                 reason = f"other operands: {right.name} instead of {left.name}"
-        if reason and isinstance(new.meta.get("val"), torch.Tensor | tuple | list):
+        if reason and new in self.varying and isinstance(new.meta.get("val"), torch.Tensor | tuple | list):
             self.tests[old, new] = reason
         elif reason:
-            del self.partner[new]  # a size or a dtype is nothing to run: what uses it is tested instead
+            del self.partner[new]  # a size, a dtype, a piece of a parameter: what uses it is tested instead
 
     def _claim(self, old: Node, new: Node, reason: str) -> bool:
         """Claim that two operands are equal, to be tested; False if they cannot be."""
@@ -103,7 +104,7 @@ class Claims:
             return True
         if (old, new) in self.dropped or not is_tensor(old) or _described(old) != _described(new):
             return False
-        if "get_attr" in (old.op, new.op) and old.op == new.op:
+        if old not in self.varying and new not in self.varying:
             return False
         self.tests[old, new] = reason
         return True
@@ -155,6 +156,21 @@ def _kind_of(node: Node) -> Any:
 def is_tensor(node: Node) -> bool:
     """Whether a node yields one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def varying(program: Program) -> set[Node]:
+    """The nodes whose value depends on data that the program is given; the others follow from parameters and sizes."""
+    found: set[Node] = set()
+    for node in program.graph.nodes:
+        given = node.op == "placeholder" and is_tensor(node)
+        if given or (not _from_sizes(node) and any(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _from_sizes(node: Node) -> bool:
+    """Whether a node yields a number that follows from sizes, which is no data."""
+    return not is_tensor(node) and packet(node) is not aten.item and not isinstance(node.meta.get("val"), tuple | list)
 
 
 def _outline(value: Any) -> Any:

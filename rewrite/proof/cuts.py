@@ -15,7 +15,6 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.analysis.writes import Writes
-from rewrite.graph.nodes import aten, packet
 from rewrite.graph.program import Program
 
 from .claims import Claims, Pair, is_tensor
@@ -57,8 +56,8 @@ class Cutter:
 
     def __init__(self, claims: Claims) -> None:
         self.claims = claims
-        self.old_side = _Side(claims.before)
-        self.new_side = _Side(claims.after, _new_layers(claims))
+        self.old_side = _Side(claims.before, claims.varying)
+        self.new_side = _Side(claims.after, claims.varying, _new_layers(claims))
         self.careful = Writes(claims.after.graph, claims.after.module)
         self.partner = {new: old for new, old in claims.partner.items() if self._may_border(old, new)}
         self.claimant = {old: new for new, old in self.partner.items()}
@@ -96,7 +95,7 @@ class Cutter:
 
         left = _walked(old, lambda node: stops(self.claimant.get(node)))
         right = _walked(new, stops)
-        return (self.old_side.own(left), self.new_side.own(right)), border
+        return (self.old_side.own(left, old), self.new_side.own(right, new)), border
 
     def _joined(self, parts: Sequence[tuple[tuple[set[Node], set[Node]], set[Node]]], tests: Sequence[Pair]) -> Cut:
         inside = {new for old, new in tests if self.claims.partner.get(new) is old}
@@ -112,22 +111,18 @@ class Cutter:
 class _Side:
     """One of the two graphs: the order of its nodes, and what can be a border in it."""
 
-    def __init__(self, program: Program, fresh: Collection[nn.Module] = ()) -> None:
+    def __init__(self, program: Program, varies: Collection[Node], fresh: Collection[nn.Module] = ()) -> None:
         graph: Graph = program.graph
         self.place = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = Writes(graph, program.module, fresh)
-        self.varies: set[Node] = set()
-        for node in graph.nodes:
-            given = node.op == "placeholder" and is_tensor(node)
-            if given or (not _from_sizes(node) and any(source in self.varies for source in node.all_input_nodes)):
-                self.varies.add(node)
+        self.varies = varies
 
     def may_border(self, node: Node) -> bool:
         return node.op != "get_attr" and node in self.varies and self.writes.settled(node)
 
-    def own(self, nodes: set[Node]) -> set[Node]:
-        """Without the leaves that many parts share: parameters, sizes, inputs."""
-        return {n for n in nodes if n in self.varies and n.op not in ("placeholder", "get_attr")}
+    def own(self, nodes: set[Node], test: Node) -> set[Node]:
+        """Without the leaves that many parts share, unless it is what is tested: parameters, sizes, inputs."""
+        return {n for n in nodes if n.op != "placeholder" and (n is test or n in self.varies)}
 
     def whole(self, own: set[Node], border: set[Node]) -> tuple[Node, ...]:
         """The nodes of a part with all that they need, back to the border, in order."""
@@ -147,11 +142,6 @@ def _new_layers(claims: Claims) -> list[nn.Module]:
     nodes = (new for _, new in claims.tests if new.op == "call_module")
     inserted = (n for n in claims.after.graph.nodes if n.op == "call_module" and n not in claims.partner)
     return [claims.after.layer(node) for node in (*nodes, *inserted)]
-
-
-def _from_sizes(node: Node) -> bool:
-    """Whether a node yields a number that follows from sizes, which is no data."""
-    return not is_tensor(node) and packet(node) is not aten.item and not isinstance(node.meta.get("val"), tuple | list)
 
 
 def _walked(start: Node, stops: Callable[[Node], bool]) -> set[Node]:

@@ -17,9 +17,10 @@ ROWS = [
     Row("fold-affine", "vit", 20, near_miss={"layernorm": "slice_1 reads it, which is no linear layer"}),
     Row("fold-affine", "llama", 14, near_miss={"norm": "the model's output reads it, which is no linear layer"}),
     Row("fold-affine", "t5", 28),
+    Row("fold-affine", "EncoderLayer", 6),
     Row("fold-affine", "bert", 0),
     Row("fold-affine", "convnext_atto", 0),
-    Row("fold-affine", "gpt2", 0),
+    Row("fold-affine", "gpt2", 12, near_miss={"ln_f": "the model's output reads it, which is no linear layer"}),
     Row("fold-affine", "resnet18", 0),
 ]
 

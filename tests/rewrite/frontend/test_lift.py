@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from rewrite import Program, RewriteError, capture
 from rewrite.analysis.norms import norms
-from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention
+from rewrite.graph.layers import ModalOperator, ScaledDotProductAttention, TransposedLinear
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.spelled import SpelledActivation, SpelledNorm
 from tests.compare import captured, case, differences, model_of, observe
@@ -203,6 +203,73 @@ def test_functional_linear_of_parameters_by_other_names_stays_an_operator() -> N
     program = applied(lambda m, x: F.linear(x, m.kernel), kernel=torch.randn(3, DIM))
     assert layers(program) == {}
     assert left(program) == [aten.linear]
+
+
+class Conv1D(nn.Module):
+    """y = x W + b with W [in, out], as GPT-2 has it: one matrix product between two reshapes."""
+
+    def __init__(self, inner: int, out: int) -> None:
+        super().__init__()
+        self.out = out
+        self.weight = nn.Parameter(torch.randn(inner, out))
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return rows.view((*x.size()[:-1], self.out))
+
+
+class Product(nn.Module):
+    """y = x W with W [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(DIM, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("shape", [(2, DIM), (2, 5, DIM), (2, 3, 5, DIM)], ids=str)
+@pytest.mark.parametrize("make", [lambda: Conv1D(DIM, 3), Product], ids=["addmm", "matmul"])
+def test_transposed_linear_layer(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    layer = make()
+    program = lifted(layer, *shape)
+    found = layers(program)["0"]
+    assert isinstance(found, TransposedLinear)
+    assert found.weight is layer.weight
+    assert found.bias is getattr(layer, "bias", None)
+    assert (found.in_features, found.out_features) == (DIM, 3)
+    assert left(program) == []
+    assert [node.meta["whole"] for node, _ in program.layers()] == [True]
+    assert agrees(program, nn.Sequential(layer), torch.randn(3, *shape[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "autocast"], ids=str)
+def test_transposed_linear_layer_in_other_dtypes(dtype: Any) -> None:
+    layer = Conv1D(DIM, 3)
+    module, x = lifted(layer, 2, 5, DIM).clone().module, torch.randn(3, 7, DIM)
+    if dtype == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x), layer(x))
+    else:
+        assert torch.equal(module.to(dtype)(x.to(dtype)), copy.deepcopy(layer).to(dtype)(x.to(dtype)))
+
+
+OTHER_PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "scaled": lambda m, x: torch.addmm(m.bias, x.view(-1, DIM), m.weight, alpha=0.5).view(2, -1, 3),
+    "other rows": lambda m, x: torch.addmm(m.bias, x.view(-1, DIM), m.weight).view(-1, 2, 3),
+    "used twice": lambda m, x: (lambda r: r.view(2, -1, 3) + r.sum())(torch.addmm(m.bias, x.view(-1, DIM), m.weight)),
+    "bias of a matrix": lambda m, x: torch.addmm(m.wide, x.view(-1, DIM), m.weight).view(2, 5, 3),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PRODUCTS)
+def test_near_miss_is_no_transposed_linear_layer(name: str) -> None:
+    model = Applied(OTHER_PRODUCTS[name], weight=torch.randn(DIM, 3), bias=torch.randn(3), wide=torch.randn(1, 3))
+    program = capture(nn.Sequential(model), (torch.randn(2, 5, DIM),))
+    assert layers(program) == {}
+    assert aten.addmm in left(program)
 
 
 def test_transposed_and_borrowed_weights() -> None:

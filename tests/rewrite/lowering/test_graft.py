@@ -102,3 +102,10 @@ def test_a_child_that_is_called_twice_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(8, 8), NormActAct(8))
     with pytest.raises(RewriteError, match="1 is a NormActAct, which does more"):
         rewrite.graft(converted(model), model)
+
+
+def test_a_class_that_reads_what_the_new_layer_lacks_is_refused() -> None:
+    """nn.TransformerEncoderLayer looks at the weights of its norms before it runs."""
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), torch.randn(2, 5, 8)
+    with pytest.raises(RewriteError, match="your class does not run with the new layers: AttributeError"):
+        rewrite.graft(rewrite.apply(model, "fold-affine", args=(x,)), model)

@@ -1,0 +1,194 @@
+"""Linear maps of a layer graph, whatever they are spelled as: layers, or products with parameters and parts of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, cast
+
+from torch import nn
+from torch.fx import Node
+
+from rewrite.graph.layers import TransposedLinear
+from rewrite.graph.nodes import aten, attribute, call_arguments, fixed_size, module_path, module_stack, packet, tensor_value
+from rewrite.graph.program import Program
+
+Layout = Literal["out_in", "in_out"]
+_ALL = (0, 2**62)
+_SPLITS = (aten.split_with_sizes, aten.split, aten.chunk, aten.tensor_split)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What of a tensor counts: the entries ``start`` to ``stop`` along its output axis; ``path`` "" is a constant zero."""
+
+    path: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def overlaps(self, other: Rows) -> bool:
+        """Whether both hold an entry in common, if they are of one tensor."""
+        return self.start < other.stop and other.start < self.stop
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear map in a graph: y = x Wᵀ + b, with W [out_features, in_features].
+
+    W is ``weight``, tensors of the model put one below the other, each kept as ``layout`` says ("in_out": transposed).
+    b is ``bias``, likewise; empty without one. ``layer`` is the layer that computes it, at ``path``, or None: then it
+    is a product with free parameters (a packed projection, a concatenated bias) in the code of the module at ``path``.
+    """
+
+    node: Node
+    source: Node
+    path: str
+    in_features: int
+    out_features: int
+    weight: tuple[Rows, ...]
+    bias: tuple[Rows, ...]
+    layout: Layout
+    layer: nn.Module | None
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names that ``type:`` selects it by: Linear, the layer's class and the user's."""
+        stack = module_stack(self.node)
+        kinds = ["Linear", type(self.layer).__name__ if self.layer is not None else "", stack[-1][2] if stack else ""]
+        return tuple(dict.fromkeys(kind.rpartition(".")[2] for kind in kinds if kind))
+
+
+def linears(program: Program) -> list[Linear]:
+    """Every call of a linear map, in execution order."""
+    found = (linear_of(program, node) for node in program.graph.nodes)
+    return [linear for linear in found if linear is not None]
+
+
+def linear_of(program: Program, node: Node) -> Linear | None:
+    """The linear map that a node computes from a value and the model's parameters, or None."""
+    if node.op == "call_module":
+        return _layer(program, node)
+    return _product(program, node) if packet(node) is aten.linear else None
+
+
+def _layer(program: Program, node: Node) -> Linear | None:
+    layer, path = program.layer(node), str(node.target)
+    if not isinstance(layer, nn.Linear | TransposedLinear) or not isinstance(node.args[0], Node):
+        return None
+    sizes = layer.in_features, layer.out_features
+    bias = (Rows(f"{path}.bias", 0, sizes[1]),) if layer.bias is not None else ()
+    layout: Layout = "out_in" if isinstance(layer, nn.Linear) else "in_out"
+    return Linear(node, node.args[0], path, *sizes, (Rows(f"{path}.weight", 0, sizes[1]),), bias, layout, layer)
+
+
+def _product(program: Program, node: Node) -> Linear | None:
+    named = call_arguments(node)
+    weight = rows_of(program, named["weight"])
+    bias = rows_of(program, named["bias"]) if named["bias"] is not None else ()
+    value, source = tensor_value(named["weight"]), named["input"]
+    if not weight or bias is None or value is None or value.dim() != 2 or not isinstance(source, Node):
+        return None
+    inner = fixed_size(value.shape[1])
+    if inner is None or not all(isinstance(attribute(program.module, rows.path), nn.Parameter) for rows in weight):
+        return None
+    out = sum(rows.size for rows in weight)
+    return Linear(node, source, module_path(node), inner, out, weight, bias, "out_in", None)
+
+
+def rows_of(program: Program, node: Any) -> tuple[Rows, ...] | None:
+    """What of which tensors a node puts together along its first axis; None if it computes anything else."""
+    value = tensor_value(node)
+    if value is None or not value.dim() or (size := fixed_size(value.shape[0])) is None:
+        return None
+    if node.op == "get_attr":
+        return (Rows(str(node.target), 0, size),)
+    if packet(node) is aten.cat:
+        named = call_arguments(node)
+        parts = [rows_of(program, part) for part in cast("list[Node]", named["tensors"])] if named["dim"] == 0 else [None]
+        return None if None in parts else tuple(rows for part in parts if part for rows in part)
+    if packet(node) in (aten.zeros_like, aten.zeros):
+        return (Rows("", 0, size),)
+    cut = _cut(node)
+    inner = rows_of(program, cut[0]) if cut is not None else None
+    if cut is None or inner is None or len(inner) != 1:
+        return None
+    return (Rows(inner[0].path, inner[0].start + cut[1], inner[0].start + cut[1] + size),)
+
+
+def _cut(node: Node) -> tuple[Node, int] | None:
+    """The tensor that a node is a piece of, along the first axis, and where in it the piece begins."""
+    named = call_arguments(node)
+    if packet(node) is aten.slice and (named["dim"], named["step"]) == (0, 1):
+        source, start = named["self"], named["start"] or 0
+        return (source, start) if isinstance(source, Node) and isinstance(start, int) and start >= 0 else None
+    if node.target is not operator.getitem:
+        return None
+    whole, place = node.args
+    if not isinstance(whole, Node) or packet(whole) not in _SPLITS or call_arguments(whole)["dim"] != 0:
+        return None
+    sizes = [fixed_size(part.shape[0]) for part in whole.meta["val"]]
+    source = next(iter(call_arguments(whole).values()))
+    if not isinstance(place, int) or not isinstance(source, Node) or None in sizes:
+        return None
+    return source, [0, *accumulate(size for size in sizes if size is not None)][place]
+
+
+class Readers:
+    """Which nodes read which tensor, and what of it. A layer reads all of its own."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._of: dict[int, list[tuple[Node, Rows]]] = {}
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                found = attribute(program.module, str(node.target))
+                self._of.setdefault(id(found), []).extend(_ends(program, node, str(node.target)))
+            elif node.op == "call_module":
+                layer = program.layer(node)
+                for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+                    self._of.setdefault(id(tensor), []).append((node, Rows(f"{node.target}.{name}", *_ALL)))
+
+    def of(self, rows: Rows) -> list[tuple[Node, Rows]]:
+        """The nodes that read any of ``rows``, under whatever name."""
+        found = self._of.get(id(attribute(self._program.module, rows.path)), ())
+        return [(node, other) for node, other in found if other.overlaps(rows)]
+
+
+def _ends(program: Program, node: Node, path: str) -> list[tuple[Node, Rows]]:
+    """The nodes that compute with a tensor, with what of it reaches them: pieces and concatenations are looked through."""
+    found: list[tuple[Node, Rows]] = []
+    own = [rows for rows in rows_of(program, node) or () if rows.path == path] or [Rows(path, *_ALL)]
+    for user in node.users:
+        looked_through = packet(user) in _SPLITS or rows_of(program, user) is not None
+        found += _ends(program, user, path) if looked_through else [(user, rows) for rows in own]
+    return found
+
+
+def readers(node: Node) -> Iterator[tuple[Node, Node]]:
+    """Who reads a value along its last axis, with the node it is read from: (reader, source).
+
+    Nodes that only rearrange the other axes are looked through.
+    """
+    for user in node.users:
+        if _keeps_last(user, node):
+            yield from readers(user)
+        else:
+            yield user, node
+
+
+def _keeps_last(node: Node, source: Node) -> bool:
+    before, after = tensor_value(source), tensor_value(node)
+    if before is None or after is None or packet(node) not in (aten.transpose, aten.permute, aten.reshape, aten.contiguous):
+        return False
+    named, last = call_arguments(node), before.dim() - 1
+    if packet(node) is aten.transpose:
+        return last not in {cast(int, named[k]) % before.dim() for k in ("dim0", "dim1")}
+    if packet(node) is aten.permute:
+        return cast("list[int]", named["dims"])[-1] % before.dim() == last
+    return bool(after.dim()) and str(after.shape[-1]) == str(before.shape[-1])
