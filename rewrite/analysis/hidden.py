@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.fx import Node
 
+from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.program import Program
 from rewrite.torch_private import _BatchNorm
@@ -104,4 +105,4 @@ def _told(program: Program, node: Node, writes: bool) -> int | None:
             return rank - spatial - 1
     if isinstance(layer, _BatchNorm | nn.GroupNorm):
         return min(1, rank - 1)
-    return rank - 1 if isinstance(layer, nn.Linear | nn.Embedding) else None
+    return rank - 1 if isinstance(layer, nn.Linear | TransposedLinear | nn.Embedding) else None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.modules import activation
 
-from rewrite.graph.layers import ScaledDotProductAttention
+from rewrite.graph.layers import ScaledDotProductAttention, TransposedLinear
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.program import Program
 from rewrite.graph.spelled import SpelledActivation
@@ -64,7 +64,7 @@ def parts_of(program: Program, nodes: Sequence[Node], norms: Collection[Node]) -
 def is_projection(program: Program, node: Node) -> bool:
     """Whether a node maps each position's channels alone: a linear layer, a convolution of size 1, a product with a
     parameter."""
-    if _is_layer(program, node, (nn.Linear,)):
+    if _is_layer(program, node, (nn.Linear, TransposedLinear)):
         return True
     if _is_layer(program, node, _CONVOLUTIONS):
         layer: Any = program.layer(node)

@@ -51,7 +51,13 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
         _set(places, made, path, _followed(layer, tails[path]))
     hang(made, program.properties)
     if verify:
-        _verify(program, made)
+        try:
+            _verify(program, made)
+        except (AttributeError, TypeError) as error:  # the class reads what a new layer does not have
+            where = ", ".join(list(tails)[:3])
+            raise RewriteError(
+                f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
+            ) from error
     return made
 
 
@@ -226,10 +232,7 @@ class _Comparison:
     def gap(self, mode: Mode) -> tuple[Difference, float]:
         """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
         own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
-        try:
-            own = self._difference(mode, exact=False)
-        except (AttributeError, TypeError) as error:  # the class reads what the new layer does not have
-            raise RewriteError(f"your class does not run with the new layers: {named_line(error)}: save as .pt2") from error
+        own = self._difference(mode, exact=False)
         if own.largest == 0:
             return own, 0.0
         try:

@@ -107,5 +107,5 @@ def test_a_child_that_is_called_twice_is_refused_by_name() -> None:
 def test_a_class_that_reads_what_the_new_layer_lacks_is_refused() -> None:
     """nn.TransformerEncoderLayer looks at the weights of its norms before it runs."""
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), torch.randn(2, 5, 8)
-    with pytest.raises(RewriteError, match="your class does not run with the new layers: AttributeError"):
+    with pytest.raises(RewriteError, match="your class does not run with the new layers at norm1, norm2: AttributeError"):
         rewrite.graft(rewrite.apply(model, "fold-affine", args=(x,)), model)
