@@ -22,7 +22,7 @@ from rewrite.torch_private import pytree
 from . import meta
 from .fakes import fake_value
 from .maps import Compute, ParameterMap
-from .nodes import attribute
+from .nodes import attribute, gives_kind_alone
 from .program import Container, Program
 from .properties import thawed
 from .tree import Places
@@ -60,6 +60,7 @@ class Editor:
         self._calls = Calls(program.graph)
         self._numbers: Counter[str] = Counter()
         self._maps: dict[str, ParameterMap] = {}
+        self._readers: dict[Node, None] = {}
 
     def replace_layer(self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None) -> None:
         """Replace the layer at ``path`` by ``layer``, for all its calls or for some.
@@ -88,9 +89,16 @@ class Editor:
         self._note("replace layer", target, ", ".join(names), f"{_kind(old)} -> {_kind(layer)}", names, old, layer)
         self._repoint(path)
 
-    def insert_layer(self, path: str, layer: nn.Module, inputs: Sequence[Argument], *, after: Node) -> Node:
-        """Call a new layer at a free ``path`` on ``inputs``, right after a node; the node of its value."""
+    def insert_layer(
+        self, path: str, layer: nn.Module, inputs: Sequence[Argument], *, after: Node, place: int | None = None
+    ) -> Node:
+        """Call a new layer at a free ``path`` on ``inputs``, right after a node; the node of its value.
+
+        ``place`` counts the modules that stand before it in its parent, where the order of the state_dict matters.
+        """
         self._put(self._free(path), layer)
+        if place is not None:
+            _move_last(self._parent(path)[0]._modules, place)
         with self.graph.inserting_after(after):
             made = self.graph.call_module(path, tuple(inputs))
         return self._inserted(made, after, f"{_kind(layer)} at {path}", layer)
@@ -119,7 +127,9 @@ class Editor:
         """Remove a node that nothing uses. Raises RewriteError if something does."""
         if node.users:
             raise RewriteError(f"{node.name} is still used by {', '.join(u.name for u in node.users)}")
-        path = str(node.target) if node.op == "call_module" else ""
+        path = str(node.target) if node.op in ("call_module", "get_attr") else ""
+        self._readers.pop(node, None)
+        self._readers.update((n, None) for n in node.all_input_nodes if n.op == "get_attr")
         self._calls.drop(node)
         self.graph.erase_node(node)
         self._note("remove", path, node.name, "", (node.name,))
@@ -139,7 +149,7 @@ class Editor:
             raise RewriteError(f"there is no parameter or buffer {path}")
         given = [self._tensor(source) for source in sources]
         with torch.no_grad():
-            new = value.detach().clone() if isinstance(value, torch.Tensor) else value(*given).detach().clone()
+            new = _own(value if isinstance(value, torch.Tensor) else value(*given), [*given, value])
         trained = old.requires_grad if isinstance(old, torch.Tensor) else any(t.requires_grad for t in given)
         is_parameter = isinstance(old, nn.Parameter) if old is not None else any(isinstance(t, nn.Parameter) for t in given)
         self._hold(path, nn.Parameter(new, trained) if is_parameter else new)
@@ -168,15 +178,48 @@ class Editor:
         self._note("set property", "", name, f"{name}: {thawed(before.get(name))} -> {thawed(value)}")
 
     def sweep(self) -> None:
-        """Take the layers that nothing calls any more, since their calls were removed, out of the module tree."""
-        removed = dict.fromkeys(c.path for c in self.changes if c.kind == "remove" and c.path)
-        for path in removed:
-            if not self._calls.of(path) and isinstance(attribute(self.program.module, path), nn.Module):
-                parent, _, name = path.rpartition(".")
-                holder = attribute(self.program.module, parent) if parent else self.program.module
-                del holder._modules[name]
-                self._repoint(path)
-                self._note("sweep", path, "", "nothing calls it any more")
+        """Take out of the module tree what nothing uses any more since its uses were removed.
+
+        That is: layers that nothing calls; parameters whose last reader in the graph was removed; modules that held
+        these and are left empty. Layers below a layer that goes and that are called by themselves stay where they are.
+        """
+        for node in [n for n in self._readers if not n.users]:
+            self.remove(node)
+        for path in dict.fromkeys(c.path for c in self.changes if c.kind == "remove" and c.path):
+            found = attribute(self.program.module, path)
+            if isinstance(found, nn.Module) and not self._calls.of(path):
+                self._sweep_layer(path, found)
+            elif isinstance(found, torch.Tensor) and not self._is_used(path, found):
+                self._take(path, "nothing reads it any more")
+
+    def _sweep_layer(self, path: str, layer: nn.Module) -> None:
+        called = {name: child for name, child in layer._modules.items() if self._calls.below(f"{path}.{name}")}
+        if called:
+            rest = Container().train(layer.training)
+            rest._modules.update(called)
+            self._put(path, rest)
+            self._note("sweep", path, "", "nothing calls it any more, but layers below it", old=layer, new=rest)
+        else:
+            self._take(path, "nothing calls it any more")
+        self._repoint(path)
+
+    def _is_used(self, path: str, tensor: torch.Tensor) -> bool:
+        """Whether the graph reads a tensor, under this name or another, or a layer that it calls holds it here."""
+        reads = (n for n in self.graph.nodes if n.op == "get_attr")
+        parts = path.split(".")
+        return any(attribute(self.program.module, str(n.target)) is tensor for n in reads) or any(
+            self._calls.of(".".join(parts[:i])) for i in range(1, len(parts))
+        )
+
+    def _take(self, path: str, why: str) -> None:
+        """Take a module or tensor out of the tree, and what held it where that is left empty."""
+        holder, name = self._parent(path)
+        for held in (holder._modules, holder._parameters, holder._buffers):
+            held.pop(name, None)
+        holder._non_persistent_buffers_set.discard(name)
+        self._note("sweep", path, "", why)
+        if type(holder) is Container and not any((holder._modules, holder._parameters, holder._buffers)):
+            self._take(path.rpartition(".")[0], "nothing is left in it")
 
     def revalue(self) -> None:
         """Infer the values of all nodes anew, after parameters changed their shapes."""
@@ -196,8 +239,15 @@ class Editor:
                 continue
             if attribute(self.program.module, str(node.target)) is None:
                 like = meta.VALUE.of(node)
+                if not gives_kind_alone(node):
+                    raise RewriteError(
+                        f"{node.target} goes with its layer, and {next(iter(node.users), node).name} reads it"
+                    )
                 named = self.program.module.named_parameters()
-                node.target = next(n for n, p in named if (p.dtype, p.device) == (like.dtype, like.device))
+                other = next((n for n, p in named if (p.dtype, p.device) == (like.dtype, like.device)), None)
+                if other is None:
+                    raise RewriteError(f"{node.target} goes with its layer, and no other parameter has its dtype and device")
+                node.target = other
                 meta.VALUE.set(node, like.new_empty(tuple(self._tensor(node.target).shape)))
                 self._note("rewire", "", node.name, f"takes dtype and device from {node.target}", (node.name,))
 
@@ -211,10 +261,9 @@ class Editor:
         return found
 
     def _hold(self, path: str, new: torch.Tensor) -> None:
-        parent, _, name = path.rpartition(".")
-        holder = attribute(self.program.module, parent) if parent else self.program.module
+        holder, name = self._parent(path)
         if not isinstance(holder, nn.Module):
-            raise RewriteError(f"there is no layer at {parent}")
+            raise RewriteError(f"there is no layer at {path.rpartition('.')[0]}")
         kinds: list[dict[str, Any]] = [holder._parameters, holder._buffers]
         held = next((h for h in kinds if h.get(name) is not None), None)
         if held is not None:
@@ -275,9 +324,13 @@ class Editor:
         return path
 
     def _exists(self, path: str) -> bool:
-        parent, _, name = path.rpartition(".")
-        holder = attribute(self.program.module, parent) if parent else self.program.module
+        holder, name = self._parent(path)
         return holder is not None and hasattr(holder, name)
+
+    def _parent(self, path: str) -> tuple[Any, str]:
+        """What holds a path (None if nothing does), and the name there."""
+        parent, _, name = path.rpartition(".")
+        return attribute(self.program.module, parent) if parent else self.program.module, name
 
     def _put(self, path: str, layer: nn.Module) -> None:
         holder: nn.Module = self.program.module
@@ -322,12 +375,33 @@ class Calls:
         node.target = path
         self._of.setdefault(path, {})[node] = None
 
+    def below(self, path: str) -> bool:
+        """Whether a node calls ``path`` or a layer below it."""
+        if self._count != len(self._graph.nodes):
+            self._index()
+        return any(p == path or p.startswith(f"{path}.") for p, nodes in self._of.items() if nodes)
+
     def _index(self) -> None:
         self._count = len(self._graph.nodes)
         self._of = {}
         for node in self._graph.nodes:
             if node.op == "call_module":
                 self._of.setdefault(str(node.target), {})[node] = None
+
+
+def _own(value: torch.Tensor, sources: Sequence[object]) -> torch.Tensor:
+    """A tensor in memory of its own, in order: as it is, or a copy where it may share a source's."""
+    value = value.detach()
+    memory = value.untyped_storage()
+    shared = [t.untyped_storage().data_ptr() for t in sources if isinstance(t, torch.Tensor)]
+    whole = value.is_contiguous() and memory.nbytes() == value.numel() * value.element_size()
+    return value if whole and memory.data_ptr() not in shared else value.clone()
+
+
+def _move_last(held: dict[str, Any], place: int) -> None:
+    """Move the last entry to a place further up."""
+    for name in list(held)[place:-1]:
+        held[name] = held.pop(name)
 
 
 def _kind(layer: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch.fx.node import Argument
 from rewrite.torch_private import OpOverload
 
 from .codegen import fetch
+from .ops import device_of, dtype_of
 
 aten = torch.ops.aten
 
@@ -91,6 +92,11 @@ def is_differentiable_leaf(module: nn.Module, node: Node, reaches: bool) -> bool
     if packet(node) is aten.detach:
         return False
     return reaches and (value is None or value.is_floating_point() or value.is_complex())
+
+
+def gives_kind_alone(node: Node) -> bool:
+    """Whether a node reads a tensor of the model for its dtype or device alone."""
+    return node.op == "get_attr" and bool(node.users) and all(user.target in (dtype_of, device_of) for user in node.users)
 
 
 def attribute(module: nn.Module, path: str) -> Any:

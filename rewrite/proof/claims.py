@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.nodes import aten, attribute, leaves, packet
-from rewrite.graph.ops import device_of, dtype_of
+from rewrite.graph.nodes import aten, attribute, gives_kind_alone, leaves, packet
 from rewrite.graph.program import Program
 from rewrite.torch_private import pytree
 
@@ -141,11 +140,6 @@ def _difference(old: Any, new: Any) -> str:
     modules = isinstance(old, nn.Module) and isinstance(new, nn.Module)
     found = Sameness().unlike(old, new) if modules else None
     return found or ("" if Sameness().value(old, new) else "something below it changed" if modules else "other values")
-
-
-def gives_kind_alone(node: Node) -> bool:
-    """Whether a node reads a tensor of the model for its dtype or device alone."""
-    return node.op == "get_attr" and bool(node.users) and all(user.target in (dtype_of, device_of) for user in node.users)
 
 
 def _kind_of(node: Node) -> Any:
