@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 class MergedLinear(nn.Linear):
     """Several linear layers as one: y = [W_1; W_2; ...] x + [b_1; b_2; ...], to be split along its last axis.
 
-    ``paths`` are the layers that it stands for, ``sizes`` their numbers of outputs, ``places`` where each stood among the
-    modules of its parent.
+    ``paths`` are the layers that it stands for, ``sizes`` their numbers of outputs, ``places`` where each stood in the
+    module tree.
     """
 
-    def __init__(self, paths: Sequence[str], sizes: Sequence[int], places: Sequence[int], like: nn.Linear) -> None:
+    def __init__(
+        self, paths: Sequence[str], sizes: Sequence[int], places: Sequence[tuple[int, ...]], like: nn.Linear
+    ) -> None:
         nn.Module.__init__(self)
         self.paths, self.sizes, self.places = tuple(paths), tuple(sizes), tuple(places)
         self.in_features, self.out_features = like.in_features, sum(sizes)
@@ -46,6 +48,7 @@ class Site(NamedTuple):
     path: str
     types: tuple[str, ...]
     members: tuple[Sibling, ...]
+    places: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,18 @@ class MergeLinears(Pass):
         found = siblings(program, self.within)
         for path, reason in found.obstacles.items():
             context.skip(path, reason)
-        for site in context.choose(_sites(program, found.groups), self.where):
-            _merge(site, program, context)
+        for site in context.choose(_sites(program, context, found.groups), self.where):
+            _merge(site, context)
         context.edit.sweep()
 
 
-def _sites(program: Program, groups: Sequence[tuple[Sibling, ...]]) -> list[Site]:
+def _sites(program: Program, context: Context, groups: Sequence[tuple[Sibling, ...]]) -> list[Site]:
     taken: set[str] = set()
     sites = []
     for group in groups:
         path = _free(program, _merged_path([s.path for s in group]), taken)
         taken.add(path)
-        sites.append(Site(path, ("Linear",), group))
+        sites.append(Site(path, ("Linear",), group, tuple(context.edit.place(s.path) for s in group)))
     return sites
 
 
@@ -103,28 +106,20 @@ def _free(program: Program, path: str, taken: set[str]) -> str:
     return path
 
 
-def _merge(site: Site, program: Program, context: Context) -> None:
+def _merge(site: Site, context: Context) -> None:
     edit, members = context.edit, site.members
     paths, sizes = [s.path for s in members], [s.layer.out_features for s in members]
-    layer = MergedLinear(paths, sizes, [_place(program, path) for path in paths], members[0].layer)
+    layer = MergedLinear(paths, sizes, site.places, members[0].layer)
     nodes = [s.node for s in members]
-    first = next(n for n in program.graph.nodes if n in nodes)
-    home = site.path.rpartition(".")[0]
-    inside = [_place(program, path) for path in paths if path.rpartition(".")[0] == home]
-    merged = edit.insert_layer(site.path, layer, first.args, after=first, place=min(inside, default=None))
+    first = min(members, key=lambda s: s.order).node
+    depth = site.path.count(".") + 1
+    merged = edit.insert_layer(site.path, layer, first.args, after=first, place=site.places[0][:depth])
     for name in ("weight", "bias") if layer.bias is not None else ("weight",):
         edit.set_parameter(f"{site.path}.{name}", _stacked, *(f"{path}.{name}" for path in paths))
     parts = edit.insert_function(aten.split_with_sizes.default, (merged, sizes, -1), after=merged)
     for i, node in reversed([*enumerate(nodes)]):
         edit.rewire(node, edit.insert_function(operator.getitem, (parts, i), after=parts))
         edit.remove(node)
-
-
-def _place(program: Program, path: str) -> int:
-    """How many modules stand before a layer in its parent."""
-    parent, _, name = path.rpartition(".")
-    holder = program.module.get_submodule(parent)
-    return list(holder._modules).index(name)
 
 
 def _stacked(*rows: torch.Tensor) -> torch.Tensor:

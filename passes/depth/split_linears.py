@@ -55,7 +55,6 @@ class SplitLinears(Pass):
                 context.skip(site.path, reason)
             else:
                 _split(site, context)
-        context.edit.sweep()
 
 
 def _sites(program: Program) -> list[Site]:
@@ -90,9 +89,9 @@ def _is_the_split(user: Node, site: Site) -> bool:
 
 def _split(site: Site, context: Context) -> None:
     edit, layer = context.edit, site.layer
-    start, made = 0, []
+    start, made, here = 0, [], edit.place(site.path)
     for path, size, place in zip(layer.paths, layer.sizes, layer.places, strict=True):
-        linear = edit.insert_layer(path, _rows_of(layer, size), site.node.args, after=site.node, place=place)
+        linear = edit.insert_layer(path, _rows_of(layer, size), site.node.args, after=site.node, place=_beside(place, here))
         for name in ("weight", "bias") if layer.bias is not None else ("weight",):
             rows = functools.partial(_rows, start=start, count=size)
             edit.set_parameter(f"{path}.{name}", rows, f"{site.path}.{name}")
@@ -104,6 +103,14 @@ def _split(site: Site, context: Context) -> None:
             edit.remove(item)
         edit.remove(parts)
     edit.remove(site.node)
+    edit.sweep()
+
+
+def _beside(place: tuple[int, ...], here: tuple[int, ...]) -> tuple[int, ...]:
+    """A place in the module tree from before the merge, while the merged layer still stands ``here``."""
+    depth = len(here) - 1
+    moved = place[:depth] == here[:depth] and len(place) > depth and place[depth] >= here[depth]
+    return (*place[:depth], place[depth] + 1, *place[depth + 1 :]) if moved else place
 
 
 def _rows_of(layer: MergedLinear, count: int) -> nn.Linear:

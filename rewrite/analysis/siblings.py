@@ -23,20 +23,21 @@ _PLAIN = frozenset(vars(nn.Linear(1, 1, device="meta")))
 
 @dataclass(frozen=True)
 class Sibling:
-    """One linear layer and the one call of it."""
+    """One linear layer and the one call of it, ``order`` its number among all calls of layers."""
 
     path: str
     node: Node
     layer: nn.Linear
+    order: int
 
     @property
     def kind(self) -> tuple[tuple[str, Hashable], ...]:
         """What two linears must have in common to be one, each with the words for a difference."""
         weight, bias = self.layer.weight, self.layer.bias
         return (
+            ("having a bias", bias is not None),
             ("dtype", (weight.dtype, bias is not None and bias.dtype)),
             ("device", weight.device),
-            ("bias, or none", bias is not None),
             ("requires_grad", (weight.requires_grad, bias is not None and bias.requires_grad)),
             ("mode", self.layer.training),
         )
@@ -59,7 +60,7 @@ def siblings(program: Program, within: Within = "block") -> Siblings:
     for family in _families(program, within):
         free = [s for s in family if not found.obstacles.setdefault(s.path, layers.obstacle(s))]
         for group in _alike(free, found):
-            if layers.writes.between(sorted((s.node for s in group), key=layers.writes.position)):
+            if layers.writes.between([s.node for s in group]):
                 found.obstacles.update((s.path, "what they read is written in place between their calls") for s in group)
             else:
                 found.groups.append(tuple(sorted(group, key=lambda s: layers.place[s.path])))
@@ -70,10 +71,10 @@ def siblings(program: Program, within: Within = "block") -> Siblings:
 def _families(program: Program, within: Within) -> Iterator[list[Sibling]]:
     """Linears that read one value, whatever else keeps them apart; two or more different layers."""
     families: dict[Hashable, dict[str, Sibling]] = defaultdict(dict)
-    for node, layer in program.layers():
+    for order, (node, layer) in enumerate(program.layers()):
         if isinstance(layer, nn.Linear) and len(node.args) == 1 and not node.kwargs:
             path = str(node.target)
-            families[node.args[0], scope(path, within)].setdefault(path, Sibling(path, node, layer))
+            families[node.args[0], scope(path, within)].setdefault(path, Sibling(path, node, layer, order))
     yield from (list(family.values()) for family in families.values() if len(family) > 1)
 
 
@@ -138,7 +139,8 @@ def _alike(family: Sequence[Sibling], found: Siblings) -> Iterator[list[Sibling]
             yield part
         elif len(family) > 1:
             other = next(s for s in family if s.kind != kind)
-            found.obstacles[part[0].path] = f"{other.path}, which reads the same, has another {_difference(part[0], other)}"
+            words = f"it differs from {other.path}, which reads the same, in {_difference(part[0], other)}"
+            found.obstacles[part[0].path] = words
 
 
 def _difference(a: Sibling, b: Sibling) -> str:

@@ -87,18 +87,16 @@ class Editor:
             self._sign(node, [node])
         names = tuple(n.name for n in calls)
         self._note("replace layer", target, ", ".join(names), f"{_kind(old)} -> {_kind(layer)}", names, old, layer)
-        self._repoint(path)
+        self._repoint(f"{path}.")
 
     def insert_layer(
-        self, path: str, layer: nn.Module, inputs: Sequence[Argument], *, after: Node, place: int | None = None
+        self, path: str, layer: nn.Module, inputs: Sequence[Argument], *, after: Node, place: Sequence[int] = ()
     ) -> Node:
         """Call a new layer at a free ``path`` on ``inputs``, right after a node; the node of its value.
 
-        ``place`` counts the modules that stand before it in its parent, where the order of the state_dict matters.
+        ``place`` is where it stands in the module tree, as ``place`` gives it for a path; at the end of its parent without.
         """
-        self._put(self._free(path), layer)
-        if place is not None:
-            _move_last(self._parent(path)[0]._modules, place)
+        self._put(self._free(path), layer, place)
         with self.graph.inserting_after(after):
             made = self.graph.call_module(path, tuple(inputs))
         return self._inserted(made, after, f"{_kind(layer)} at {path}", layer)
@@ -191,6 +189,7 @@ class Editor:
                 self._sweep_layer(path, found)
             elif isinstance(found, torch.Tensor) and not self._is_used(path, found):
                 self._take(path, "nothing reads it any more")
+        self._repoint()
 
     def _sweep_layer(self, path: str, layer: nn.Module) -> None:
         called = {name: child for name, child in layer._modules.items() if self._calls.below(f"{path}.{name}")}
@@ -201,7 +200,6 @@ class Editor:
             self._note("sweep", path, "", "nothing calls it any more, but layers below it", old=layer, new=rest)
         else:
             self._take(path, "nothing calls it any more")
-        self._repoint(path)
 
     def _is_used(self, path: str, tensor: torch.Tensor) -> bool:
         """Whether the graph reads a tensor, under this name or another, or a layer that it calls holds it here."""
@@ -232,10 +230,10 @@ class Editor:
                 if isinstance(found, torch.Tensor) and isinstance(old, torch.Tensor) and found.shape != old.shape:
                     meta.VALUE.set(node, old.new_empty(tuple(found.shape)))
 
-    def _repoint(self, path: str) -> None:
-        """Where code took its dtype or device from a parameter that a layer does not have any more, another one gives it."""
+    def _repoint(self, below: str = "") -> None:
+        """Where code took its dtype or device from a parameter that is not there any more, another one gives it."""
         for node in self.graph.nodes:
-            if node.op != "get_attr" or not str(node.target).startswith(f"{path}."):
+            if node.op != "get_attr" or not str(node.target).startswith(below):
                 continue
             if attribute(self.program.module, str(node.target)) is None:
                 like = meta.VALUE.of(node)
@@ -332,16 +330,26 @@ class Editor:
         parent, _, name = path.rpartition(".")
         return attribute(self.program.module, parent) if parent else self.program.module, name
 
-    def _put(self, path: str, layer: nn.Module) -> None:
+    def place(self, path: str) -> tuple[int, ...]:
+        """How many modules stand before each part of a path, among those beside it: the order of the state_dict."""
+        holder, places = self.program.module, []
+        for part in path.split("."):
+            places.append(list(holder._modules).index(part))
+            holder = holder._modules[part]  # type: ignore[assignment]
+        return tuple(places)
+
+    def _put(self, path: str, layer: nn.Module, places: Sequence[int] = ()) -> None:
         holder: nn.Module = self.program.module
         *parents, name = path.split(".")
-        for part in parents:
+        for depth, part in enumerate(parents):
             if part not in holder._modules:
                 self._places.put(holder, part, Container().train(holder.training))
+                _move_last(holder._modules, places[depth : depth + 1])
             found = holder._modules[part]
             assert found is not None
             holder = found
         self._places.put(holder, name, layer)
+        _move_last(holder._modules, places[len(parents) :])
 
 
 class Calls:
@@ -398,9 +406,9 @@ def _own(value: torch.Tensor, sources: Sequence[object]) -> torch.Tensor:
     return value if whole and memory.data_ptr() not in shared else value.clone()
 
 
-def _move_last(held: dict[str, Any], place: int) -> None:
-    """Move the last entry to a place further up."""
-    for name in list(held)[place:-1]:
+def _move_last(held: dict[str, Any], place: Sequence[int]) -> None:
+    """Move the last entry to a place further up, if one is given."""
+    for name in list(held)[place[0] : -1] if place else ():
         held[name] = held.pop(name)
 
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 import rewrite
@@ -26,6 +27,7 @@ class Row:
     """A pass (its pipeline text) on a model (the name of a case), and what the kit is to expect of it there.
 
     One row of each family is `compiled`: its result goes through Inductor as well. `data` makes what the pass is given.
+    `after` is a pipeline that runs before, for a pass that needs what another one makes.
     """
 
     step: str
@@ -35,6 +37,7 @@ class Row:
     again: Expected = 0
     compiled: bool = False
     data: Callable[[], Any] = lambda: None
+    after: str = ""
 
     @property
     def name(self) -> str:
@@ -77,7 +80,19 @@ class SharedSubject(Subject):
             return captured(self.name)
 
 
+class Prepared(Subject):
+    """A subject after a pipeline. It has no class of the user's any more."""
+
+    def __init__(self, base: Subject, pipeline: str) -> None:
+        super().__init__(rewrite.apply(base.program, pipeline, verify=False))
+        self.base, self.pipeline = base, pipeline
+
+    def _cast(self, to: torch.dtype | torch.device) -> rewrite.Program | None:
+        found = self.base._cast(to)
+        return None if found is None else rewrite.apply(found, self.pipeline, verify=False)
+
+
 @functools.cache
-def subject(name: str, folder: Path) -> SharedSubject:
-    """The case of that name, one subject for all passes in this worker."""
-    return SharedSubject(name, folder)
+def subject(name: str, folder: Path, after: str = "") -> Subject:
+    """The case of that name (after a pipeline), one subject for all passes in this worker."""
+    return Prepared(subject(name, folder), after) if after else SharedSubject(name, folder)

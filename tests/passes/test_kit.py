@@ -22,7 +22,7 @@ def row_param(family: str, row: Row) -> object:
 def test_pass(row: Row, shared_folder: Path, fresh_process: FreshProcess) -> None:
     check_pass(
         row.step,
-        subject(row.model, shared_folder),
+        subject(row.model, shared_folder, row.after),
         changes=row.changes,
         near_miss=row.near_miss,
         again=row.again,
