@@ -245,9 +245,9 @@ class Editor:
                 other = next((n for n, p in named if (p.dtype, p.device) == (like.dtype, like.device)), None)
                 if other is None:
                     raise RewriteError(f"{node.target} goes with its layer, and no other parameter has its dtype and device")
-                node.target = other
+                home, node.target = str(node.target).rpartition(".")[0], other
                 meta.VALUE.set(node, like.new_empty(tuple(self._tensor(node.target).shape)))
-                self._note("rewire", "", node.name, f"takes dtype and device from {node.target}", (node.name,))
+                self._note("rewire", home, node.name, f"takes dtype and device from {node.target}", (node.name,))
 
     def _map(self, compute: Compute, sources: Sequence[str]) -> ParameterMap:
         return ParameterMap(compute, tuple(self._maps.get(source, source) for source in sources))

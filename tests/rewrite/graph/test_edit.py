@@ -301,3 +301,97 @@ def test_shapes_are_inferred_once_for_layers_alike() -> None:
     again = Editor(program.clone(), "again")
     again.replace_layer("norm", Counting(3))
     assert Counting.runs == len(set(widths)), "copies of a program know it too"
+
+
+class Branching(nn.Module):
+    """A branch with a layer, a free parameter and a container of its own, beside what stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep = nn.Linear(4, 4)
+        self.branch = nn.ModuleDict({"inner": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.unused = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.keep(x) * self.shift + self.branch["inner"]["fc"](x) * self.scale
+
+
+def _without_branch(program: Program) -> Editor:
+    """The program with its branch cut off, by hand."""
+    edit = Editor(program, "test")
+    add = next(n for n in program.graph.nodes if "add" in n.name)
+    product = add.args[1]
+    edit.rewire(add, add.args[0])
+    for node in (add, product, product.args[0]):
+        edit.remove(node)
+    edit.sweep()
+    program.module.recompile()
+    return edit
+
+
+def test_sweep_takes_the_parameters_and_containers_of_a_removed_branch_and_nothing_else() -> None:
+    program = capture(Branching(), (torch.randn(3, 4),)).clone()
+    edit = _without_branch(program)
+    assert list(program.module.state_dict()) == ["shift", "unused", "keep.weight", "keep.bias"]
+    assert [n for n, _ in program.module.named_modules()] == ["", "keep"]
+    swept = {c.path: c.detail for c in edit.changes if c.kind == "sweep"}
+    assert swept == {
+        "branch.inner.fc": "nothing calls it any more",
+        "branch.inner": "nothing is left in it",
+        "branch": "nothing is left in it",
+        "scale": "nothing reads it any more",
+    }
+
+
+def test_sweep_keeps_a_parameter_that_something_else_reads() -> None:
+    class Shared(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.keep(x) * self.scale + self.branch["inner"]["fc"](x) * self.scale
+
+    program = capture(Shared(), (torch.randn(3, 4),)).clone()
+    _without_branch(program)
+    assert "scale" in program.module.state_dict()
+
+
+def test_sweep_keeps_layers_below_a_swept_layer_that_are_called() -> None:
+    program = capture(nn.Sequential(nn.Linear(4, 4), nn.GELU()), (torch.randn(3, 4),)).clone()
+    edit = Editor(program, "test")
+    edit.replace_layer("1", WithInner())
+    node = next(n for n in program.graph.nodes if n.target == "1")
+    inner = edit.insert_layer("1.inner2", nn.ReLU(), node.args, after=node)
+    edit.rewire(node, inner)
+    edit.remove(node)
+    edit.sweep()
+    program.module.recompile()
+    assert program.module(torch.randn(3, 4)).shape == (3, 4)
+    assert [n for n, _ in program.module.named_modules()] == ["", "0", "1", "1.inner2"]
+
+
+class WithInner(nn.Module):
+    """A layer with a layer in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_sweep_says_who_still_reads_a_parameter_of_a_layer_that_goes() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x) * self.b.bias
+
+    program = capture(Reads(), (torch.randn(3, 4),)).clone()
+    edit = Editor(program, "test")
+    call = next(n for n in program.graph.nodes if n.target == "b")
+    edit.rewire(call, call.args[0])
+    edit.remove(call)
+    with pytest.raises(RewriteError, match=r"b\.bias goes with its layer, and mul\w* reads it"):
+        edit.sweep()
