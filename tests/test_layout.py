@@ -19,10 +19,10 @@ WINGS = {
     "sources": (),
     "numerics": ("graph",),
     "frontend": ("graph", "numerics", "plugins"),
-    "analysis": ("graph", "numerics"),
+    "analysis": ("graph", "numerics", "sources.data"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
-    "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins"),
+    "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins", "sources.data"),
     "files": ("graph", "sources", "frontend", "lowering"),
 }
 PASSES = ("pipeline", "analysis", "graph", "proof.contract")

@@ -92,7 +92,11 @@ Weights = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", show_default=False, help="Samples for passes that ask for data, saved by torch.save."),
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Samples for passes that ask for data: .npz, .pt, .safetensors, or a folder.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Seeds inputs, random weights and the proof.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not prove what the passes promise.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewrite import __version__
-from rewrite.errors import RewriteError, did_you_mean, first_line, named_line
+from rewrite.errors import RewriteError, did_you_mean, named_line
 from rewrite.files.staging import Staging, explained
 from rewrite.files.writers import Plan, Written, check_free, plan, write
 from rewrite.pipeline.text import parse
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from rewrite.graph.history import Record, Verification
     from rewrite.graph.program import Program
     from rewrite.pipeline.settings import Listener
+    from rewrite.sources.data import Data
 
 FILES = (".pt", ".pth", ".bin", ".pt2", ".safetensors")
 _LIBRARIES = ("torch", "timm", "transformers", "onnx")
@@ -115,7 +115,7 @@ class Job:
         from rewrite.pipeline.registry import as_passes
 
         chain = as_passes(self.passes)
-        data, digest = _read_data(self.data)
+        data = _read_data(self.data)
         program, model = self.model.read(listener)
         from rewrite.pipeline.run import apply
 
@@ -129,7 +129,15 @@ class Job:
                 listener(f"writing {target.path}")
                 with _blamed(program):
                     written = write(result, model, target, staging)
-            outcome = Outcome(self, program, result, earlier, digest, time.perf_counter() - began, written)
+            outcome = Outcome(
+                self,
+                program,
+                result,
+                earlier,
+                data.sha256 if data is not None else None,
+                time.perf_counter() - began,
+                written,
+            )
             if self.report is not None:
                 with explained(self.report):
                     reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
@@ -241,21 +249,16 @@ def _output(written: Written) -> dict[str, str]:
     return {"path": str(written.path), "kind": written.kind, "reason": written.reason}
 
 
-def _read_data(path: Path | None) -> tuple[Any, str | None]:
-    """What `--data` names, and the SHA-256 of the file."""
+def _read_data(path: Path | None) -> Data | None:
+    """What `--data` names."""
     if path is None:
-        return None, None
-    import torch
+        return None
+    from rewrite.sources.data import Data
 
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-        return value, hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise RewriteError(f"--data: there is no file {path}") from None
-    except Exception as error:
-        raise RewriteError(
-            f"--data: cannot read {path}: {first_line(error)}; save tensors, tuples and dicts of them with torch.save"
-        ) from None
+        return Data.of(path)
+    except RewriteError as error:
+        raise RewriteError(f"--data: {error}") from None
 
 
 def _text(path: Path | None) -> str | None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rewrite.pipeline.settings import Tick
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
@@ -43,6 +45,9 @@ class Steps:
 
     def __call__(self, step: str) -> None:
         now = time.monotonic()
+        if isinstance(step, Tick) and isinstance(self.current, Tick):
+            self.current = step
+            return
         if self.current:
             self.finished.append((self.current, now - self.step_began))
         self.current, self.step_began = step, now

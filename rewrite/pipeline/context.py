@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from rewrite.errors import RewriteError, did_you_mean
 from rewrite.graph.edit import Editor
 from rewrite.graph.history import Skipped
+from rewrite.sources.data import Data
 
 from .select import Selector
+from .settings import Listener, Tick
 
 
 class Selectable(Protocol):
@@ -28,11 +30,15 @@ S = TypeVar("S", bound=Selectable)
 
 @dataclass
 class Context:
-    """What a pass works with: the editor, a place to note what it left alone or warns of, the seed, the data."""
+    """What a pass works with: the editor, a place to note what it left alone or warns of, the seed, the data.
+
+    ``data`` may be gone through any number of times; None where the run was given none.
+    """
 
     edit: Editor
     seed: int = 0
-    data: Any = None
+    data: Data | None = None
+    listener: Listener = lambda step: None
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -43,6 +49,10 @@ class Context:
     def warn(self, message: str) -> None:
         """Note something that the user should know before using the result."""
         self.warnings.append(message)
+
+    def progress(self, done: int, total: int | None) -> None:
+        """Tell how much of the data was gone through; to be handed to ``observe``."""
+        self.listener(Tick(f"observing {done}{'' if total is None else f' of {total}'}"))
 
     def choose(self, sites: Iterable[S], where: Selector) -> list[S]:
         """The sites that a selector chooses; the others are noted as skipped.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rewrite.frontend.capture import capture
@@ -22,7 +20,7 @@ from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError
 from rewrite.numerics.probes import light_copy
 from rewrite.proof.frame import differs
 from rewrite.proof.prove import Claim, proof_of
-from rewrite.torch_private import pytree
+from rewrite.sources.data import Data
 
 from .context import Context
 from .crash import VerificationError
@@ -49,7 +47,8 @@ def apply(
     """Run passes over a program (or a module, which is captured first); the result is a new Program.
 
     ``passes`` is pipeline text, a pass, or a list of both. Each pass is verified against its contract unless ``verify``
-    is False. With ``share`` the result shares the tensors that no pass changed, otherwise it has its own.
+    is False. With ``share`` the result shares the tensors that no pass changed, otherwise it has its own. ``data`` is what
+    passes that look at samples are given: an iterable, a file or a folder, see ``rewrite.sources.data.Data.of``.
 
     Raises RewriteError for bad text, options or selectors, and VerificationError (a RewriteError) when a pass breaks
     its word; the input is left as it was and a crash bundle is written below ``crash_folder`` (default: the current
@@ -61,7 +60,7 @@ def apply(
     else:
         listener(f"capturing {type(model).__name__}")
         program = capture(model, tuple(args or ()), kwargs)
-    settings = Settings(seed, verify, share, data, crash_folder or Path.cwd(), listener)
+    settings = Settings(seed, verify, share, None if data is None else Data.of(data), crash_folder or Path.cwd(), listener)
     for step in chain:
         listener(f"running {step.text}")
         program = run_pass(program, step, settings)
@@ -103,7 +102,7 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
 
 def edited(program: Program, step: Pass, settings: Settings) -> Context:
     """Run a pass on ``program`` itself; the context that the pass left."""
-    context = Context(Editor(program, step.text), settings.seed, settings.data)
+    context = Context(Editor(program, step.text), settings.seed, settings.data, settings.listener)
     step.run(program, context)
     if any(c.map is not None for c in context.edit.changes):
         context.edit.revalue()
@@ -124,18 +123,8 @@ def rewritten(program: Program, *, step: Pass, settings: Settings) -> tuple[Prog
 
 
 def digest(data: Any) -> str | None:
-    """The SHA-256 of data: of the bytes of its tensors and the text of everything else; None without data."""
-    if data is None:
-        return None
-    made = hashlib.sha256()
-    for leaf in pytree.tree_leaves(data):
-        if isinstance(leaf, torch.Tensor):
-            made.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            if not leaf.is_meta:
-                made.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            made.update(repr(leaf).encode())
-    return made.hexdigest()
+    """The SHA-256 of data; None without any."""
+    return None if data is None else Data.of(data).sha256
 
 
 def _sites(changes: Sequence[Change]) -> tuple[Site, ...]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rewrite.sources.data import Data
 
 
 class Listener(Protocol):
@@ -17,6 +20,10 @@ def _nobody(step: str) -> None:
     """No display."""
 
 
+class Tick(str):
+    """A step's text told to a listener while the step goes on: how far it has come."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to run passes: the seed of all draws, whether to verify, whether to share unchanged tensors with the input, the
@@ -25,6 +32,6 @@ class Settings:
     seed: int = 0
     verify: bool = True
     share: bool = False
-    data: Any = None
+    data: Data | None = None
     crash_folder: Path = field(default_factory=Path.cwd)
     listener: Listener = _nobody

@@ -171,7 +171,7 @@ class WritesData(Right):
 
     def run(self, program: Program, context: Context) -> None:
         super().run(program, context)
-        context.data.zero_()
+        next(iter(context.data)).args[0].zero_()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""Values that flow through a program on data: shown to reducers as they are computed, so that none has to be kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Interpreter, Node
+
+from rewrite.errors import RewriteError, named_line
+from rewrite.graph.program import Program
+from rewrite.graph.tree import on_meta
+from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError, sharing
+from rewrite.numerics.randomness import seeded
+from rewrite.numerics.running import Moments, Reducer
+from rewrite.sources.data import BATCH, Call, Data, fitted
+from rewrite.torch_private import pytree
+
+R = TypeVar("R", bound=Reducer)
+Watched = Node | tuple[Node, ...]
+"""A node, or several whose values of one call belong together."""
+Progress = Callable[[int, int | None], None]
+"""Told how many items of the data were run, of how many where that is known."""
+
+
+def observe(
+    program: Program,
+    nodes: Iterable[Watched] | Mapping[Watched, R],
+    data: Any,
+    *,
+    progress: Progress = lambda done, total: None,
+    seed: int = 0,
+) -> dict[Watched, Any]:
+    """Run a program on data once, and show the values of chosen nodes to a reducer each: the reducers by their nodes.
+
+    ``nodes`` maps a node, or a tuple of nodes, to the reducer whose ``update`` is given their values; nodes alone get
+    ``Moments``. ``data`` is what ``Data.of`` takes. The program runs in evaluation, without gradients, as far as the last
+    of the nodes; memory does not grow with the data. Parameters, buffers, data and the random state stay as they were.
+
+    Raises RewriteError for data that is empty or does not fit the program, and for a program on the meta device.
+    """
+    chosen = nodes if isinstance(nodes, Mapping) else {node: Moments() for node in nodes}
+    calls = Data.of(data)
+    if on_meta(program.module):
+        raise RewriteError("the program is on the meta device: there are no values to observe")
+    module = copy.deepcopy(program.module, sharing(program.module)).eval()
+    viewer = _Viewer(program, module, chosen)
+    done, total = 0, calls.count()
+    with ReadOnly(program.module.parameters()), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for call in calls.calls(_batch(program)):
+            if not _is_rest(program, call):
+                viewer.show(call, done, seed)
+            done += 1
+            progress(done, total)
+    if not done:
+        raise RewriteError("the data is empty")
+    return dict(chosen)
+
+
+class _Viewer(Interpreter):
+    """Runs a copy of a program node by node, as far as the last node that is watched."""
+
+    def __init__(self, program: Program, module: torch.nn.Module, watched: Mapping[Watched, Reducer]) -> None:
+        super().__init__(module, garbage_collect_values=True, graph=program.graph)
+        self.program = program
+        self.waiting: dict[Node, list[tuple[tuple[Node, ...], Reducer]]] = {}
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        for key, reducer in watched.items():
+            group = key if isinstance(key, tuple) else (key,)
+            self.waiting.setdefault(max(group, key=order.__getitem__), []).append((group, reducer))
+        self.kept = {node for groups in self.waiting.values() for group, _ in groups for node in group}
+        self.last = max(self.waiting, key=order.__getitem__, default=None)
+        self.values: dict[Node, torch.Tensor] = {}
+
+    def show(self, call: Call, number: int, seed: int) -> None:
+        """One run, its values shown."""
+        self.values.clear()
+        try:
+            with torch.no_grad(), seeded(self.module, seed):
+                self.run(*self._inputs(call))
+        except _EnoughError:
+            pass
+        except WrittenInPlaceError as error:
+            raise RewriteError(f"the model writes into its own parameters when it runs: {error}") from None
+        except (RewriteError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise RewriteError(f"the model does not run on item {number} of the data: {named_line(error)}") from error
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self.kept:
+            self.values[n] = value
+        for group, reducer in self.waiting.get(n, ()):
+            reducer.update(*(self.values[node] for node in group))
+        if n in self.kept:
+            self.values[n] = value.clone()  # what is written into it later does not count
+        if n is self.last:
+            raise _EnoughError
+        return value
+
+    def _inputs(self, call: Call) -> list[Any]:
+        """Flat graph inputs, copies on the program's device and of the dtypes that it was captured with."""
+        interface = self.program.module.interface
+        call = fitted(call, [argument.name for argument in interface.arguments if None not in argument.leaves])
+        example = interface.bind(self.program.example_args, self.program.example_kwargs)
+        device = next((t.device for t in self.module.parameters()), torch.device("cpu"))
+        flat = interface.bind(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (call.args, dict(call.kwargs))))
+        return [_like(value, given) for value, given in zip(flat, example, strict=True)]
+
+
+class _EnoughError(Exception):
+    """All that is watched was seen."""
+
+
+def _like(value: Any, example: Any) -> Any:
+    """A copy of an input; a floating one in the dtype of the example."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    cast = isinstance(example, torch.Tensor) and value.is_floating_point() and example.is_floating_point()
+    return value.detach().to(example.dtype if cast else value.dtype, copy=True)
+
+
+def _fixed_batch(program: Program) -> int | None:
+    """The batch size that the capture fixed, None where it is dynamic."""
+    shapes = program.module.interface.shapes
+    return shapes[0][0] if shapes and shapes[0] else None
+
+
+def _batch(program: Program) -> int:
+    return _fixed_batch(program) or BATCH
+
+
+def _is_rest(program: Program, call: Call) -> bool:
+    """Whether a call holds the rest of the samples, fewer than the batch that the capture fixed."""
+    fixed = _fixed_batch(program)
+    first = next((t for t in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(t, torch.Tensor)), None)
+    return fixed is not None and first is not None and first.dim() > 0 and first.shape[0] < fixed and fixed > 1
