@@ -66,6 +66,7 @@ class MergeLinears(Pass):
     """
 
     name = "merge-linears"
+    inserts = (MergedLinear,)
     within: Within = option("block", "merge layers of one module, of one block (attention and FFN), or of the model")
     where: Selector = option(Selector("*"), "groups to merge, by merged path: path glob, type:, re:, !, several with |")
 

@@ -94,18 +94,27 @@ def two_columns(*sections: Iterable[tuple[str, RenderableType]]) -> Table:
 def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
     yield "pass", Text(record.text, "bold cyan")
     yield "promises", record.contract
-    yield "changed", _changed(record)
+    for number, step in enumerate(record.steps, 1):
+        yield f"step {number}", Text(step.text, "bold cyan")
+        yield "promises", step.contract
+        yield from _changed_and_proven(step)
+    if not record.steps:
+        yield from _changed_and_proven(record)
     if record.skipped:
         yield "left alone", by_reason((skipped.path, skipped.reason) for skipped in record.skipped)
+    yield "parameters", _parameters(*record.parameters)
+    yield "seconds", _seconds(record)
+    for warning in record.warnings:
+        yield "warning", Text(warning, "yellow")
+
+
+def _changed_and_proven(record: Record) -> Iterator[tuple[str, RenderableType]]:
+    yield "changed", _changed(record)
     yield "proven", _proven(record.verification)
     if record.verification is not None:
         for check in record.verification.checks:
             if check.name in FIGURES and check.error is not None:
                 yield check.name, f"{check.error:.3g} ({check.detail})"
-    yield "parameters", _parameters(*record.parameters)
-    yield "seconds", _seconds(record)
-    for warning in record.warnings:
-        yield "warning", Text(warning, "yellow")
 
 
 def _changed(record: Record) -> RenderableType:

@@ -61,6 +61,7 @@ class Record:
     """What one pass did: see the fields.
 
     ``parameters`` counts them before and after; ``data`` is the SHA-256 of the data that the pass was given, if any.
+    A pass made of passes has a record of each of its ``steps``; what they changed, skipped and proved is the whole's, too.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Record:
     parameters: tuple[int, int]
     verification: Verification | None = None
     data: str | None = None
+    steps: tuple[Record, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -108,6 +110,7 @@ class Record:
             tuple(data["parameters"]),
             proof,
             data.get("data"),
+            tuple(cls.from_json(step) for step in data.get("steps", ())),
         )
 
 

@@ -81,9 +81,18 @@ class Pass(abc.ABC):
     def contract(self) -> Contract:
         """What the pass promises to keep; the engine proves it after each run."""
 
-    @abc.abstractmethod
     def run(self, program: Program, context: Context) -> None:
-        """Rewrite the program in place, through the edit layer only."""
+        """Rewrite the program in place, through the edit layer only. A pass made of passes has `steps` instead."""
+        for step in self.steps(program, context):
+            step.run(program, context)
+
+    def steps(self, program: Program, context: Context) -> Sequence[Pass]:
+        """For a pass made of passes: which, in order. Each is run, proven and recorded by itself, by its own contract.
+
+        They are chosen on a copy of the program before (what to rewrite, by data say), and handed what was chosen as
+        options. None may promise less than the whole does.
+        """
+        return ()
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """The method's formula for a new layer, written apart from it: the proof compares the two, gradients included.

@@ -101,6 +101,8 @@ def refusal(name: str, found: object) -> str:
         return "it has no contract(), so the engine would have nothing to check"
     if inspect.isabstract(found):
         return f"it lacks {', '.join(sorted(found.__abstractmethods__))}()"
+    if found.run is Pass.run and found.steps is Pass.steps:
+        return "it lacks run()"
     try:
         describe(found)
     except RewriteError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
 from rewrite.graph.edit import Change, Editor
 from rewrite.graph.history import Record, Site, Verification
@@ -62,13 +63,15 @@ def apply(
         program = capture(model, tuple(args or ()), kwargs)
     settings = Settings(seed, verify, share, None if data is None else Data.of(data), crash_folder or Path.cwd(), listener)
     for step in chain:
-        listener(f"running {step.text}")
         program = run_pass(program, step, settings)
     return program if chain else program.clone(share=share)
 
 
 def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
-    """One pass over a copy of ``program``, recorded and, if asked, verified."""
+    """One pass over a copy of ``program``, recorded and, if asked, verified; a pass made of passes step by step."""
+    if type(step).steps is not Pass.steps:
+        return _run_steps(program, step, settings)
+    settings.listener(f"running {step.text}")
     began = time.perf_counter()
     result = program.clone(share=settings.share)
     with ReadOnly(tensors_of(program.module)) if settings.share else nullcontext():
@@ -98,6 +101,45 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, settings)
     return result
+
+
+def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
+    """A pass made of passes: each run and proven by itself; one record of the whole, with theirs in it."""
+    settings.listener(f"planning {step.text}")
+    plan = program.clone(share=True)
+    context = Context(Editor(plan, step.text), settings.seed, settings.data)
+    parts = tuple(step.steps(plan, context))
+    for part in parts:
+        if not step.contract().covers(part.contract()):
+            raise RewriteError(
+                f"pass {step.text} promises {step.contract()}, and its step {part.text} only {part.contract()}"
+            )
+    result = program if parts else program.clone(share=settings.share)
+    for part in parts:
+        result = run_pass(result, part, settings)
+    records = result.history[len(program.history) :]
+    record = Record(
+        step.name,
+        step.text,
+        step.options(),
+        sum(r.seconds for r in records),
+        tuple(site for r in records for site in r.changes),
+        (*context.skipped, *(skip for r in records for skip in r.skipped)),
+        (*context.warnings, *(warning for r in records for warning in r.warnings)),
+        str(step.contract()),
+        (_count(program), _count(result)),
+        _together(records, settings) if settings.verify else None,
+        digest(settings.data),
+        records,
+    )
+    return replace(result, history=(*program.history, record))
+
+
+def _together(records: Sequence[Record], settings: Settings) -> Verification:
+    """The proofs of several passes as one: each check under the name of its pass."""
+    proofs = [(r.name, r.verification) for r in records if r.verification is not None]
+    checks = (replace(check, name=f"{name}: {check.name}") for name, proof in proofs for check in proof.checks)
+    return Verification(tuple(checks), sum(proof.seconds for _, proof in proofs), settings.seed)
 
 
 def edited(program: Program, step: Pass, settings: Settings) -> Context:

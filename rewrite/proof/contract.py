@@ -28,8 +28,8 @@ class Promise(enum.Enum):
 
 
 SAME, CLOSE, NEW, ESTIMATE = Promise.SAME, Promise.CLOSE, Promise.NEW, Promise.ESTIMATE
-_FORWARD = {SAME, CLOSE, NEW}
-_BACKWARD = {SAME, ESTIMATE, NEW}
+_FORWARD = (SAME, CLOSE, NEW)
+_BACKWARD = (SAME, ESTIMATE, NEW)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ class Contract:
     def cosine_bound(self) -> float:
         """The smallest cosine of an estimated gradient with the true one that counts: the contract's own, or 0.9."""
         return self.cosine if self.cosine is not None else 0.9
+
+    def covers(self, other: Contract) -> bool:
+        """Whether what keeps ``other`` keeps this contract too: ``other`` promises as much, or more."""
+        forward = _FORWARD.index(self.forward) >= _FORWARD.index(other.forward)
+        backward = _BACKWARD.index(self.backward) >= _BACKWARD.index(other.backward)
+        return forward and backward and (self.evaluation_only or not other.evaluation_only)
 
     def __str__(self) -> str:
         text = f"forward {self.forward.value}, backward {self.backward.value}"
