@@ -20,12 +20,13 @@ WINGS = {
     "numerics": ("graph",),
     "frontend": ("graph", "numerics", "plugins"),
     "analysis": ("graph", "numerics", "sources.data"),
+    "training": ("graph", "numerics"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
     "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins", "sources.data"),
     "files": ("graph", "sources", "frontend", "lowering"),
 }
-PASSES = ("pipeline", "analysis", "graph", "proof.contract")
+PASSES = ("pipeline", "analysis", "training", "graph", "proof.contract")
 BACKENDS = ("lowering", "graph", "numerics", "files.staging")
 
 

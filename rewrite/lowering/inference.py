@@ -34,8 +34,10 @@ def _use_plain(module: LayerGraph) -> None:
         if not callable(make) or any(path.startswith(f"{outer}.") for outer in done):
             continue
         made: nn.Module = make(layer).eval()
+        inside = set(made.modules())
         for name, child in layer._modules.items():
-            made._modules.setdefault(name, child)
+            if child not in inside:  # the graph may call it by itself
+                made._modules.setdefault(name, child)
         parent, _, name = path.rpartition(".")
         places.put(attribute(module, parent) if parent else module, name, made)
         done.add(path)

@@ -1,0 +1,1 @@
+"""Train in less memory: keep less of what autograd saves."""
