@@ -26,7 +26,7 @@ WINGS = {
     "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins", "sources.data"),
     "files": ("graph", "sources", "frontend", "lowering"),
 }
-PASSES = ("pipeline", "analysis", "training", "graph", "proof.contract")
+PASSES = ("pipeline", "analysis", "training", "graph", "proof.contract", "proof.part")
 BACKENDS = ("lowering", "graph", "numerics", "files.staging")
 
 

@@ -120,7 +120,7 @@ class FewBitPass(Pass):
         assert isinstance(new, FewBit)
         assert old is not None
         borders = torch.tensor(new.borders, dtype=torch.float64)
-        place = torch.searchsorted(borders, inputs[0].cpu())
+        place = torch.searchsorted(borders, inputs[0].cpu().contiguous())
         return [mean_slopes(_function(old), borders)[place].to(inputs[0].device) * grad_outputs[0]]
 
 
