@@ -37,7 +37,8 @@ class Branch:
     ``output`` enters the stream as ``writer``, behind its ``scale`` (a LayerScale's product, a gain) and before its
     dropouts; ``carriers`` lead from there to the addition. ``other`` is what the branch is added to. ``layer`` counts the
     blocks of the model, from 0. ``norms`` are those at its start, ``end_norms`` at its end, ``stream_norms`` those that read
-    the sum. ``parallel``: another branch starts at the same values. ``leaks`` are nodes outside that read one of its own.
+    the sum. ``parallel``: another branch starts at the same values. ``leaks`` are nodes outside that read a
+    value of its own, from its first projection on.
     """
 
     stream: Stream
@@ -169,8 +170,16 @@ class _Walk:
             scale=end.scale,
             dropouts=tuple(rates),
             parts=parts,
-            leaks=tuple(u for n in (*nodes, *carriers) for u in n.users if u not in own),
+            leaks=tuple(u for n in (*self._inner(nodes, parts), *carriers) for u in n.users if u not in own),
         )
+
+    def _inner(self, nodes: Sequence[Node], parts: Parts) -> list[Node]:
+        """The nodes that are the branch's own: its first projections and all behind them; a norm may serve others too."""
+        begun, inner = {*parts.projections, *parts.spatial}, dict[Node, None]()
+        for node in nodes:
+            if node in begun or any(s in inner for s in node.all_input_nodes):
+                inner[node] = None
+        return list(inner) if inner else list(nodes)
 
     def _ending(self, stream: Stream, addition: Node) -> tuple[Node, ...]:
         """The norms that end a stream behind its one sum: nothing but norms reads it, and nothing is added to it."""

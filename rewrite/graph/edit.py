@@ -7,7 +7,7 @@ parameter is a new one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from rewrite.torch_private import pytree
 from . import meta
 from .fakes import fake_value
 from .maps import Compute, ParameterMap
-from .nodes import attribute, gives_kind_alone
+from .nodes import attribute, gives_kind_alone, is_pure
 from .program import Container, Program
 from .properties import thawed
 from .tree import Places
@@ -61,6 +61,7 @@ class Editor:
         self._numbers: Counter[str] = Counter()
         self._maps: dict[str, ParameterMap] = {}
         self._readers: dict[Node, None] = {}
+        self._gone: dict[str, None] = {}
 
     def replace_layer(self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None) -> None:
         """Replace the layer at ``path`` by ``layer``, for all its calls or for some.
@@ -123,14 +124,36 @@ class Editor:
 
     def remove(self, node: Node) -> None:
         """Remove a node that nothing uses. Raises RewriteError if something does."""
+        path = str(node.target) if node.op in ("call_module", "get_attr") else ""
+        self._erase(node)
+        self._note("remove", path, node.name, "", (node.name,))
+
+    def remove_unused(self, nodes: Collection[Node], path: str, detail: str) -> None:
+        """Remove those of ``nodes`` that nothing uses any more, and all that only they used: parameters that they read,
+        layers and pure operators that fed them alone. Inputs of the graph stay.
+
+        It is one change, at ``path``, of what ``detail`` says.
+        """
+        waiting = dict.fromkeys(sorted(nodes, reverse=True))
+        names: list[str] = []
+        while (node := next((n for n in waiting if not n.users), None)) is not None:
+            del waiting[node]
+            sources = node.all_input_nodes
+            names.append(node.name)
+            self._erase(node)
+            fed = (s for s in sources if s.op == "call_module" or (s.op != "placeholder" and is_pure(s)))
+            waiting.update(dict.fromkeys(fed))
+        self._note("remove", path, ", ".join(names), f"{detail}, {len(names)} nodes", tuple(names))
+
+    def _erase(self, node: Node) -> None:
         if node.users:
             raise RewriteError(f"{node.name} is still used by {', '.join(u.name for u in node.users)}")
-        path = str(node.target) if node.op in ("call_module", "get_attr") else ""
         self._readers.pop(node, None)
         self._readers.update((n, None) for n in node.all_input_nodes if n.op == "get_attr")
+        if node.op in ("call_module", "get_attr"):
+            self._gone[str(node.target)] = None
         self._calls.drop(node)
         self.graph.erase_node(node)
-        self._note("remove", path, node.name, "", (node.name,))
 
     def set_parameter(self, path: str, value: torch.Tensor | Compute, *sources: str) -> None:
         """Set the parameter or buffer at ``path``, to a tensor or to ``value(*sources)``; all places that share it follow.
@@ -183,12 +206,13 @@ class Editor:
         """
         for node in [n for n in self._readers if not n.users]:
             self.remove(node)
-        for path in dict.fromkeys(c.path for c in self.changes if c.kind == "remove" and c.path):
+        for path in self._gone:
             found = attribute(self.program.module, path)
             if isinstance(found, nn.Module) and not self._calls.of(path):
                 self._sweep_layer(path, found)
             elif isinstance(found, torch.Tensor) and not self._is_used(path, found):
                 self._take(path, "nothing reads it any more")
+        self._gone.clear()
         self._repoint()
 
     def _sweep_layer(self, path: str, layer: nn.Module) -> None:

@@ -168,9 +168,13 @@ class _Frame:
                 yield from self._modules(_join(path, name), before, child, free)
 
     def _module(self, path: str, old: nn.Module, new: nn.Module) -> Iterator[Difference]:
-        known = self.edits.tensors | self.edits.attributes
-        names = [*new._parameters, *new._buffers, *vars(new)] if known else []
-        how = self.same.unlike(old, new, [name for name in names if _join(path, name) in known])
+        known = self.edits.tensors | self.edits.attributes | self.edits.swept
+        names = [*old._parameters, *old._buffers, *new._parameters, *new._buffers, *vars(new)] if known else []
+        left_out = [name for name in names if _join(path, name) in known]
+        temporary = old._non_persistent_buffers_set ^ new._non_persistent_buffers_set
+        if temporary and all(_join(path, name) in self.edits.swept for name in temporary):
+            left_out.append("_non_persistent_buffers_set")
+        how = self.same.unlike(old, new, left_out)
         if how is not None:
             yield Difference(path, how)
         ours = [n for n in old._modules if n in new._modules or _join(path, n) not in self.edits.swept]

@@ -395,3 +395,25 @@ def test_sweep_says_who_still_reads_a_parameter_of_a_layer_that_goes() -> None:
     edit.remove(call)
     with pytest.raises(RewriteError, match=r"b\.bias goes with its layer, and mul\w* reads it"):
         edit.sweep()
+
+
+def test_what_only_removed_nodes_used_goes_with_them_and_leaves_the_tree() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale, self.kept = nn.Linear(4, 4), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.kept + self.inner(x) * self.scale * self.kept
+
+    program = capture(Scaled(), (torch.randn(2, 4),)).clone()
+    edit = Editor(program, "test")
+    add = next(n for n in program.graph.nodes if n.name == "add")
+    edit.rewire(add, add.args[0])
+    edit.remove_unused([add], "inner", "a branch")
+    edit.sweep()
+    program.module.recompile()
+    assert list(program.module.state_dict()) == ["kept"]
+    assert [c.kind for c in edit.changes] == ["rewire", "remove", "sweep", "sweep"]
+    assert edit.changes[1].path == "inner"
+    assert torch.equal(program.module(torch.ones(1, 4)), torch.ones(1, 4))

@@ -1,0 +1,29 @@
+"""FFNs dropped from chosen layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rewrite.pipeline.dropping import Dropping
+
+if TYPE_CHECKING:
+    from rewrite.analysis.branches import Branch
+
+
+@dataclass(frozen=True)
+class DropFFN(Dropping):
+    """Drop the FFNs of chosen layers: x + FFN(N x) becomes x.
+
+    The whole branch goes, plain or gated: its norm, projections, scale, dropout and stochastic depth, and their parameters
+    with it. The error of each sum is measured and held against ``bound``.
+
+    Refused: a branch whose values are read elsewhere.
+
+    Source: Bercovich et al., "FFN Fusion" (arXiv 2503.18908), section 5, where it is the baseline to be beaten.
+    """
+
+    name = "drop-ffn"
+
+    def drops(self, branch: Branch) -> bool:
+        return branch.kind in ("ffn", "gated ffn")
