@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rewrite.pipeline.select import Selector
     from rewrite.proof.between import prove
     from rewrite.proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
+    from rewrite.training.saved import memory
 
     from .errors import RewriteError
     from .surgery import transform
@@ -52,6 +53,7 @@ __all__ = [
     "graft",
     "load",
     "lower",
+    "memory",
     "option",
     "pass_names",
     "prove",
@@ -76,6 +78,7 @@ _HOMES = {
     "proof.between": ["prove"],
     "proof.contract": ["CLOSE", "ESTIMATE", "NEW", "SAME", "Contract"],
     "surgery": ["transform"],
+    "training.saved": ["memory"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -20,7 +20,7 @@ WINGS = {
     "numerics": ("graph",),
     "frontend": ("graph", "numerics", "plugins"),
     "analysis": ("graph", "numerics", "sources.data"),
-    "training": ("graph", "numerics"),
+    "training": ("graph", "numerics", "frontend.capture"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
     "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins", "sources.data"),

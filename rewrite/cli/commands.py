@@ -192,6 +192,35 @@ def show(
 
 
 @app.command()
+def memory(
+    model: ModelName,
+    passes: Passes = None,
+    pipeline: Pipeline = "",
+    backend: Annotated[str, typer.Option(metavar="NAME", help="eager or inductor.")] = "eager",
+    inputs: Inputs = None,
+    weights: Weights = None,
+    data: Data = None,
+    seed: Seed = 0,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the bytes that autograd keeps in training, before and after passes if given."""
+    import json
+
+    from .job import Model
+    from .measured import measured, show_memory
+
+    texts = _pass_texts(passes or [], pipeline)
+    source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+    with _steps() as steps:
+        found = measured(source, texts, backend, data, steps)
+    if as_json:
+        typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=2))
+        return
+    show_memory(_console(), found)
+
+
+@app.command()
 def export(
     model: ModelName,
     output: Annotated[

@@ -115,7 +115,7 @@ class Job:
         from rewrite.pipeline.registry import as_passes
 
         chain = as_passes(self.passes)
-        data = _read_data(self.data)
+        data = read_data(self.data)
         program, model = self.model.read(listener)
         from rewrite.pipeline.run import apply
 
@@ -249,7 +249,7 @@ def _output(written: Written) -> dict[str, str]:
     return {"path": str(written.path), "kind": written.kind, "reason": written.reason}
 
 
-def _read_data(path: Path | None) -> Data | None:
+def read_data(path: Path | None) -> Data | None:
     """What `--data` names."""
     if path is None:
         return None

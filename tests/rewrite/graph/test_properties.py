@@ -65,11 +65,16 @@ class Point:
         return ANNOUNCED[self.name]
 
 
-@pytest.fixture(autouse=True)
-def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
+def announce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the properties above be installed."""
     real = plugins.entry_points
     points = [Point(name) for name in ANNOUNCED]
     monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == plugins.PROPERTIES else real(group=group))
+
+
+@pytest.fixture(autouse=True)
+def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(monkeypatch)
 
 
 @dataclass(frozen=True)
