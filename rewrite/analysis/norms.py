@@ -71,10 +71,13 @@ def norm_of(program: Program, node: Node) -> Norm | None:
         shape, axis, affine = (layer.channels,), layer.channel_axis, (layer.gain(), layer.shift())
         return Norm(node, path, layer.kind, shape, axis, layer.eps, *affine, device, weight_path, bias_path, layer.offset)
     kind: Kind = "layer" if isinstance(layer, nn.LayerNorm) else "rms"
-    weight, bias = layer.weight, layer.bias if isinstance(layer, nn.LayerNorm) else None
+    weight, bias = layer.weight, getattr(layer, "bias", None)
     weight_path, bias_path = f"{path}.weight" if weight is not None else None, f"{path}.bias" if bias is not None else None
     sizes = tuple(layer.normalized_shape)
-    return Norm(node, path, kind, sizes, -1, layer.eps, weight, bias, device, weight_path, bias_path)
+    axis, offset = getattr(layer, "channel_axis", -1), getattr(layer, "offset", 0.0)
+    if weight is not None and offset:
+        weight = nn.Parameter(weight.detach() + offset, weight.requires_grad)
+    return Norm(node, path, kind, sizes, axis, layer.eps, weight, bias, device, weight_path, bias_path, offset)
 
 
 def _device(layer: nn.Module, program: Program) -> torch.device:

@@ -11,7 +11,7 @@ An analysis is of one state of a program: ask again after an edit. The cost is l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,20 @@ def streams(program: Program) -> list[Stream]:
 
 def stream_of(program: Program, value: Node, axis: int) -> Stream:
     """The stream that a value belongs to, with or without a residual addition; ``axis`` is its hidden axis there."""
-    return Flow(program).through(value, axis % carry.dimensions(value), {r.node for r in residual_adds(program)})
+    return streams_of(program, [(value, axis)])[0]
+
+
+def streams_of(program: Program, values: Sequence[tuple[Node, int]]) -> list[Stream]:
+    """The stream of each value, given with its hidden axis: one and the same for all values of one stream."""
+    flow, residual = Flow(program), {r.node for r in residual_adds(program)}
+    known: dict[Node, Stream] = {}
+    found = []
+    for value, axis in values:
+        if value not in known:
+            stream = flow.through(value, axis % carry.dimensions(value), residual)
+            known.update(dict.fromkeys(stream.values, stream))
+        found.append(known[value])
+    return found
 
 
 class Flow:

@@ -7,7 +7,7 @@ parameter is a new one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +25,20 @@ from .maps import Compute, ParameterMap
 from .nodes import attribute, gives_kind_alone, is_pure
 from .program import Container, Program
 from .properties import thawed
-from .tree import Places
+from .tree import Places, names_of_tensors
 
-Kind = Literal["replace layer", "insert", "remove", "rewire", "set parameter", "set attribute", "set property", "sweep"]
+Kind = Literal[
+    "replace layer",
+    "insert",
+    "remove",
+    "rewire",
+    "set parameter",
+    "set attribute",
+    "set property",
+    "sweep",
+    "untie",
+    "move",
+]
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,37 @@ class Editor:
         self._note("set parameter", path, "", f"{shape} -> {tuple(new.shape)}", map=made)
         if made is not None:
             self._maps[path] = made
+
+    def untie(self, path: str) -> list[str]:
+        """Give the tensor at ``path`` memory of its own, with the same values; the names that it was shared with.
+
+        Raises RewriteError where it is shared with nothing.
+        """
+        tensor = self._tensor(path)
+        others = [name for name in names_of_tensors(self.program.module)[id(tensor)] if name != path]
+        if not others:
+            raise RewriteError(f"{path} is shared with nothing")
+        holder, name = self._parent(path)
+        held = holder._parameters if name in holder._parameters else holder._buffers
+        copy = tensor.detach().clone()
+        held[name] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+        self._places = Places(self.program.module)
+        source = min((path, *others), key=list(dict(self._named())).index)
+        detail = f"was one with {', '.join(others)}"
+        untied: tuple[tuple[str, Kind], ...] = ((path, "untie"), (others[0], "set parameter"))
+        for own, kind in untied:  # each is known to the proof by its first name
+            self._maps[own] = self._map(_itself, (source,))
+            self._note(kind, own, "", detail if own == path else f"no longer one with {path}", map=self._maps[own])
+        return others
+
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.program.module.named_parameters(remove_duplicate=False)
+        yield from self.program.module.named_buffers(remove_duplicate=False)
+
+    def move(self, nodes: Collection[Node], detail: str) -> None:
+        """Note that the values of some nodes become others on purpose. The proof holds what reads them, and not them."""
+        names = tuple(node.name for node in nodes)
+        self._note("move", "", names[0], f"{detail}: {len(names)} values", names)
 
     def set_attribute(self, path: str, name: str, value: object) -> None:
         """Set a plain attribute of the layer at ``path``, such as the ``in_features`` of a layer whose weight changed."""
@@ -434,6 +476,10 @@ def _move_last(held: dict[str, Any], place: Sequence[int]) -> None:
     """Move the last entry to a place further up, if one is given."""
     for name in list(held)[place[0] : -1] if place else ():
         held[name] = held.pop(name)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _kind(layer: nn.Module) -> str:

@@ -53,7 +53,7 @@ class Edits:
     def of(cls, after: Program, changes: Sequence[Change]) -> Edits:
         """What ``changes``, which led to ``after``, account for."""
         layers = _aliases(names_of_modules(after.module), [c.path for c in changes if c.new is not None])
-        tensors = _aliases(names_of_tensors(after.module), [c.path for c in changes if c.kind == "set parameter"])
+        tensors = _aliases(names_of_tensors(after.module), [c.path for c in changes if c.kind in ("set parameter", "untie")])
         called = {name: c.path for c in changes if c.kind == "replace layer" for name in c.nodes}
 
         def touched(kind: Kind) -> frozenset[str]:

@@ -23,7 +23,7 @@ def structure(before: Program, after: Program, changes: Sequence[Change]) -> Ite
     yield Check("graph", True, "lint")
     yield _check_values(after)
     yield from outputs_and_signature(before, after)
-    yield _ties(before, after)
+    yield _ties(before, after, changes)
     yield _state(before, after, changes)
 
 
@@ -82,11 +82,12 @@ def _edited(name: str, paths: set[str]) -> bool:
     return any(".".join(parts[:i]) in paths for i in range(1, len(parts) + 1))
 
 
-def _ties(before: Program, after: Program) -> Check:
-    """Names of one parameter stay names of one parameter, as far as they are still there; no edit excuses another."""
+def _ties(before: Program, after: Program, changes: Sequence[Change]) -> Check:
+    """Names of one parameter stay names of one parameter, as far as they are still there and were not untied."""
+    untied = {c.path for c in changes if c.kind == "untie"}
     number = {name: key for key, names in names_of_tensors(after.module).items() for name in names}
     for group in tied(before.module):
-        if len({number[name] for name in group if name in number}) > 1:
+        if len({number[name] for name in group if name in number and name not in untied}) > 1:
             return Check("tied weights", False, f"{sorted(group)} are no longer one tensor")
     return Check("tied weights", True)
 

@@ -7,7 +7,7 @@ grows downstream: what a pass moved from one layer to the next is equal behind b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -33,7 +33,8 @@ _ROUNDS = 12
 class LocalProof:
     """Holds ``after`` against ``before``; with ``gradients`` those of the old parameters too, with ``training`` both modes.
 
-    ``maps`` say how parameters of ``after`` follow from those of ``before``.
+    ``maps`` say how parameters of ``after`` follow from those of ``before``; ``moved`` names nodes whose values change on
+    purpose, so that what reads them is held and not they themselves.
     """
 
     before: Program
@@ -43,9 +44,11 @@ class LocalProof:
     training: bool = True
     probed: bool = True
     seed: int = 0
+    moved: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.claims = Claims.of(self.before, self.after)
+        self._withdraw([(old, new) for new, old in self.claims.partner.items() if new.name in self.moved])
         origin = World.of(self.before.module)
         self.worlds = (origin, World.of(self.after.module, self.maps, origin))
         self.inputs = dict(variants(self.before, self.seed))
@@ -87,11 +90,16 @@ class LocalProof:
         pairs = {pair for cut in failing for pair in cut.outputs} - final
         for pair in list(pairs):
             pairs |= set(_downstream(pair, self.claims, steps)) - final
-        for pair in pairs:
+        self._withdraw(pairs)
+        return bool(pairs)
+
+    def _withdraw(self, pairs: Collection[Pair]) -> None:
+        """Drop some claims; not those about the outputs."""
+        final = set(self.claims.final())
+        for pair in (p for p in pairs if p not in final):
             self.claims.drop(pair)
         if pairs:
             self.claims.settle()
-        return bool(pairs)
 
     def _hold(self, cut: Cut, tape: Tape, *, first: bool) -> Held:
         plain = Setting(gradients=self.gradients, seed=self.seed)

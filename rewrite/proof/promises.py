@@ -31,7 +31,8 @@ from .variants import EXAMPLE, variants
 class Rewritten:
     """A program before and after a pass, how parameters follow, the pass (if one connects them), and the seed.
 
-    Without ``probed`` every part is held at recorded values of the example alone.
+    ``moved`` names nodes whose values change on purpose. Without ``probed`` every part is held at recorded values of the
+    example alone.
     """
 
     before: Program
@@ -41,6 +42,7 @@ class Rewritten:
     step: Promising | None = None
     seed: int = 0
     probed: bool = True
+    moved: frozenset[str] = frozenset()
 
     @property
     def modes(self) -> tuple[bool, ...]:
@@ -73,6 +75,7 @@ def same(rewritten: Rewritten, label: str = "") -> Check:
         training=len(rewritten.modes) > 1,
         probed=rewritten.probed,
         seed=rewritten.seed,
+        moved=rewritten.moved,
     )
     what = "outputs, state and gradients" if gradients else "outputs and state"
     return summed(f"same{label}", proof.held(), what)

@@ -69,7 +69,8 @@ def _rewritten(
     claim: Claim, before: Program, after: Program, changes: Sequence[Change], *, probed: bool = True
 ) -> Rewritten:
     maps = {c.path: c.map for c in changes if c.map is not None}
-    return Rewritten(before, after, claim.step.contract(), maps, claim.step, claim.seed, probed)
+    moved = frozenset(name for c in changes if c.kind == "move" for name in c.nodes)
+    return Rewritten(before, after, claim.step.contract(), maps, claim.step, claim.seed, probed, moved)
 
 
 def _deterministic(claim: Claim) -> Check:

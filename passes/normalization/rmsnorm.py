@@ -1,0 +1,147 @@
+"""LayerNorm to RMSNorm, exactly: the mean taken out of what is written to the stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from rewrite.analysis.norms import Norm, norms
+from rewrite.analysis.streams import streams_of
+from rewrite.graph.nodes import attribute
+from rewrite.pipeline.centering import Centering
+from rewrite.pipeline.pass_ import Pass, option
+from rewrite.pipeline.select import Selector
+from rewrite.proof.contract import NEW, SAME, Contract
+
+if TYPE_CHECKING:
+    from rewrite.graph.program import Program
+    from rewrite.pipeline.context import Context
+
+
+class BiasedRMSNorm(nn.RMSNorm):
+    """y = (offset + weight) · x / √(mean x² + eps) + bias over the last axis, or over axis 1 for ``channel_axis`` 1.
+
+    ``weight`` and ``bias`` have shape [channels], or are None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, norm: Norm, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
+        super().__init__(norm.shape, norm.eps, elementwise_affine=False)
+        self.weight = weight  # type: ignore[assignment]
+        self.register_parameter("bias", bias)
+        self.elementwise_affine = weight is not None
+        self.offset = norm.offset
+        self.channel_axis = norm.channel_axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last = x if self.channel_axis == -1 else x.movedim(self.channel_axis, -1)
+        gain = self.weight + self.offset if self.weight is not None and self.offset else self.weight
+        y = F.rms_norm(last, self.normalized_shape, gain, self.eps)
+        y = y if self.bias is None else y + self.bias
+        return y if self.channel_axis == -1 else y.movedim(-1, self.channel_axis)
+
+
+class Center(nn.Module):
+    """y = x - mean(x) along ``axis``."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(self.axis, keepdim=True)
+
+
+@dataclass(frozen=True)
+class RMSNorm(Pass):
+    """Replace LayerNorm with RMSNorm: LN(x) = RMSNorm(x - mean x), with weight, bias and eps kept.
+
+    ``mode=exact`` takes the mean out of all that is written to the stream, once and for all: W - mean of its rows, b - mean
+    b, E - mean E for output projections, patch and token embeddings, positions and class tokens. LayerScale is folded into
+    its projection first; what enters the stream in another way (from a norm behind the embedding) is centered by a layer
+    of its own; a tied embedding is untied from the head. The function and the gradients of all old parameters are the same.
+    Fine-tuned further, the centered weights drift apart from a LayerNorm model's.
+
+    Refused, by name, where something reads the stream that is no LayerNorm (post-norm models), where a dropout stands on
+    the stream in training, and where what a branch writes cannot be centered. ``mode=swap`` just puts RMSNorm in LayerNorm's
+    place: another function.
+
+    Source: Jiang et al., "Pre-RMSNorm and Pre-CRMSNorm Transformers", NeurIPS 2023 (arXiv 2305.14858), section 3.
+    """
+
+    name = "rmsnorm"
+    inserts = (BiasedRMSNorm, Center)
+    mode: Literal["exact", "swap"] = option("exact", "exact: the same function; swap: the plain replacement")
+    where: Selector = option(Selector("*"), "norms to replace: path glob, type:, re:, !, several with |")
+
+    def contract(self) -> Contract:
+        promise = SAME if self.mode == "exact" else NEW
+        return Contract(forward=promise, backward=promise)
+
+    def run(self, program: Program, context: Context) -> None:
+        chosen = context.choose([n for n in norms(program) if n.kind == "layer"], self.where)
+        if self.mode == "exact":
+            chosen = _on_centered_streams(chosen, program, context)
+        for norm in {n.path: n for n in chosen}.values():
+            context.edit.replace_layer(norm.path, _rms(norm, program, context))
+
+    def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """x / √(mean x² + eps), times weight, plus bias, written out."""
+        (x,) = inputs
+        assert isinstance(new, nn.RMSNorm)
+        assert new.eps is not None
+        axis, offset = getattr(new, "channel_axis", -1), getattr(new, "offset", 0.0)
+        dims = tuple(range(-len(new.normalized_shape), 0))
+        moved = x.movedim(axis, -1)
+        y = moved / (moved.square().mean(dims, keepdim=True) + new.eps).sqrt()
+        y = y if new.weight is None else y * (new.weight + offset)
+        bias = getattr(new, "bias", None)
+        return (y if bias is None else y + bias).movedim(-1, axis)
+
+
+def _on_centered_streams(chosen: list[Norm], program: Program, context: Context) -> list[Norm]:
+    """The norms whose streams can be centered, which is done; the others are skipped with the reason."""
+    centering, ready = Centering(program, context, Center), []
+    streams = streams_of(program, [(norm.node.all_input_nodes[0], norm.channel_axis) for norm in chosen])
+    reasons = {id(stream): centering.obstacle(stream) for stream in streams}
+    for stream in {id(s): s for s in streams if not reasons[id(s)]}.values():
+        centering.center(stream)
+    for norm, stream in zip(chosen, streams, strict=True):
+        if reasons[id(stream)]:
+            context.skip(norm.path, reasons[id(stream)])
+        else:
+            ready.append(norm)
+    return ready
+
+
+def _rms(norm: Norm, program: Program, context: Context) -> nn.Module:
+    """The layer that replaces a norm, with the norm's own parameters."""
+    weight, bias = (_kept(path, f"{norm.path}.{name}", program, context) for path, name in _names(norm))
+    if bias is None and norm.channel_axis == -1 and not norm.offset:
+        made = nn.RMSNorm(norm.shape, norm.eps, elementwise_affine=False)
+        made.weight, made.elementwise_affine = weight, weight is not None  # type: ignore[assignment]
+        return made
+    return BiasedRMSNorm(norm, weight, bias)
+
+
+def _names(norm: Norm) -> tuple[tuple[str | None, str], ...]:
+    return (norm.weight_path, "weight"), (norm.bias_path, "bias")
+
+
+def _kept(path: str | None, name: str, program: Program, context: Context) -> nn.Parameter | None:
+    """A norm's parameter under torch's name, flat."""
+    if path is None:
+        return None
+    if path != name or attribute(program.module, path).dim() != 1:
+        context.edit.set_parameter(name, _flat, path)
+    found: nn.Parameter = attribute(program.module, name)
+    return found
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1)

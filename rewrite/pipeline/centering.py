@@ -1,0 +1,111 @@
+"""Taking the mean out of a stream: every value that is written to it is centered along its hidden axis, in the weights.
+
+Only what ignores the mean may read the stream, so the function stays the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.analysis.branches import branches
+from rewrite.analysis.norms import norm_of
+from rewrite.analysis.streams import Reader, Stream
+from rewrite.analysis.writers import Writers, Written, named
+from rewrite.graph.nodes import attribute, module_path, tensor_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rewrite.graph.program import Program
+
+    from .context import Context
+
+
+class Centering:
+    """Centers streams of a program; ``layer`` makes the layer that centers a value along an axis."""
+
+    def __init__(self, program: Program, context: Context, layer: Callable[[int], nn.Module]) -> None:
+        self.program = program
+        self.edit = context.edit
+        self.warn = context.warn
+        self.layer = layer
+        self.writers = Writers(program)
+
+    def obstacle(self, stream: Stream) -> str:
+        """Why a stream cannot be centered; empty if it can."""
+        found = branches(self.program, [stream])
+        other = next((r for r in stream.readers if not self._ignores_mean(r, stream)), None)
+        if other is not None:
+            post = "post-norm: " if any(b.stream_norms for b in found) else ""
+            return f"{post}{named(other.node)} reads the stream too, and is no LayerNorm that takes its mean out"
+        if stream.dropouts:
+            node, p = stream.dropouts[0]
+            return f"{named(node)} drops single units of the stream in training (p={p:g}): set its rate to 0 first"
+        if stream.torn or stream.offsets:
+            return f"{named(stream.torn or stream.offsets[0])} adds something that cannot be centered"
+        inner = {b.writer for b in found}
+        plans = {writer: self.writers.of(stream, writer) for writer in stream.writers}
+        reasons = {writer: plan for writer, plan in plans.items() if isinstance(plan, str)}
+        if len(reasons) == len(plans):
+            return next(iter(reasons.values()))
+        return next((reason for writer, reason in reasons.items() if writer in inner), "")
+
+    def _ignores_mean(self, reader: Reader, stream: Stream) -> bool:
+        norm = norm_of(self.program, reader.node)
+        value = tensor_value(reader.value)
+        if norm is None or value is None:
+            return tensor_value(reader.node) is None and reader.node.op != "output"  # it reads a size
+        return norm.kind == "layer" and norm.shape == (stream.size,) and norm.channel_axis % value.dim() == reader.axis
+
+    def center(self, stream: Stream) -> None:
+        """Center all that is written: in tensors where it can be told in tensors, else by a layer behind the writer."""
+        self.edit.move(list(stream.values), "the mean is taken out")
+        done: set[int] = set()
+        for writer in stream.writers:
+            plan = self.writers.of(stream, writer)
+            if isinstance(plan, str):
+                self._insert(writer, stream.values[writer])
+            else:
+                self._bake(plan, done)
+        self.edit.sweep()
+
+    def _bake(self, plan: Written, done: set[int]) -> None:
+        if plan.scale is not None:
+            self.edit.move(plan.between, "its scale is folded")
+            self.edit.rewire(plan.scale, plan.data())
+        for path, axis in plan.tensors:
+            if id(attribute(self.program.module, path)) in done:
+                continue
+            if path in plan.shared:
+                names = self.edit.untie(path)
+                self.warn(f"{path} is centered, and no longer shared with {', '.join(names)}")
+            gains = () if plan.gain is None else (plan.gain,)
+            self.edit.set_parameter(path, functools.partial(_centered, axis=axis), path, *gains)
+            done.add(id(attribute(self.program.module, path)))
+        if plan.scale is not None:
+            self.edit.remove_unused([plan.scale], named(plan.node), "LayerScale folded")
+
+    def _insert(self, writer: Node, axis: int) -> None:
+        base = f"{writer.target}_center" if writer.op == "call_module" else f"{module_path(writer)}.center".lstrip(".")
+        path, number = base, 1
+        while attribute(self.program.module, path) is not None:
+            path, number = f"{base}_{number}", number + 1
+        after = writer
+        while after.op == "placeholder" and after.next.op == "placeholder":
+            after = after.next
+        made = self.edit.insert_layer(path, self.layer(axis), [writer], after=after)
+        self.edit.rewire(writer, made, users=lambda user: user is not made)
+
+
+def _centered(tensor: torch.Tensor, gain: torch.Tensor | None = None, *, axis: int) -> torch.Tensor:
+    """diag(gain) T, less its mean along ``axis``."""
+    if gain is not None:
+        shape = [1] * tensor.dim()
+        shape[axis] = -1
+        tensor = tensor * gain.reshape(shape)
+    return tensor - tensor.mean(axis, keepdim=True)
