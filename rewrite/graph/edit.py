@@ -16,15 +16,16 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, first_line
 from rewrite.torch_private import pytree
 
 from . import meta
 from .fakes import fake_value
 from .maps import Compute, ParameterMap
-from .nodes import attribute, gives_kind_alone, is_pure
+from .nodes import attribute, call_arguments, gives_kind_alone, is_pure, leaves, module_stack, set_argument
 from .program import Container, Program
 from .properties import thawed
+from .sizes import followed
 from .tree import Places, names_of_tensors
 
 Kind = Literal[
@@ -32,8 +33,10 @@ Kind = Literal[
     "insert",
     "remove",
     "rewire",
+    "repoint",
     "set parameter",
     "set attribute",
+    "set literal",
     "set property",
     "sweep",
     "untie",
@@ -73,21 +76,27 @@ class Editor:
         self._maps: dict[str, ParameterMap] = {}
         self._readers: dict[Node, None] = {}
         self._gone: dict[str, None] = {}
+        self._reshaped: set[Node] = set()
+        self._seen = 0
+        self._edited: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
 
-    def replace_layer(self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None) -> None:
+    def replace_layer(
+        self, path: str, layer: nn.Module, calls: Sequence[Node] | None = None, *, reshape: bool = False
+    ) -> None:
         """Replace the layer at ``path`` by ``layer``, for all its calls or for some.
 
         Where only some ``calls`` are replaced, the others keep the old layer and these get ``layer`` at a path of its
         own beside it. Children of the old layer stay below the new one: they are layers of their own.
 
         Raises RewriteError if the new layer's output differs in shape or dtype from the old one's; nothing is changed then.
+        With ``reshape`` it may have another shape: what reads it has to be edited too, which is checked after the pass.
         """
         old = attribute(self.program.module, path)
         if not isinstance(old, nn.Module):
             raise RewriteError(f"there is no layer at {path}")
         every = self._calls.of(path)
         calls = every if calls is None else list(calls)
-        values = [self._checked(node, layer) for node in calls]
+        values = [self._checked(node, layer, reshape) for node in calls]
         layer.train(old.training)
         for name, child in old._modules.items():
             layer._modules.setdefault(name, child)
@@ -95,6 +104,8 @@ class Editor:
         self._put(target, layer)
         for node, value in zip(calls, values, strict=True):
             self._calls.move(node, target)
+            if _shapes(value) != _shapes(meta.VALUE.of(node)):
+                self._reshaped.add(node)
             meta.VALUE.set(node, value)
             self._sign(node, [node])
         names = tuple(n.name for n in calls)
@@ -222,12 +233,17 @@ class Editor:
         self._note("move", "", names[0], f"{detail}: {len(names)} values", names)
 
     def set_attribute(self, path: str, name: str, value: object) -> None:
-        """Set a plain attribute of the layer at ``path``, such as the ``in_features`` of a layer whose weight changed."""
+        """Set a plain attribute of the layer at ``path``, such as the ``in_features`` of a layer whose weight changed.
+
+        Of a module that only holds others, such as the ``num_heads`` of an attention, it is noted for ``graft``: nothing
+        in a program reads it.
+        """
         layer = attribute(self.program.module, path)
         if not isinstance(layer, nn.Module) or name in layer._parameters or name in layer._buffers:
             raise RewriteError(f"there is no layer at {path} with a plain attribute {name}")
         old = getattr(layer, name, None)
-        setattr(layer, name, value)
+        if type(layer) is not Container:
+            setattr(layer, name, value)
         self._note("set attribute", path, "", f"{name}: {old} -> {value}")
 
     def set_property(self, name: str, value: Any) -> None:
@@ -285,16 +301,63 @@ class Editor:
         if type(holder) is Container and not any((holder._modules, holder._parameters, holder._buffers)):
             self._take(path.rpartition(".")[0], "nothing is left in it")
 
+    def set_literal(self, node: Node, argument: str, value: Argument) -> None:
+        """Set an argument of an operator's call, by its name in the operator's schema, such as the sizes of a reshape.
+
+        Nodes in it stay those that it had. Raises RewriteError for another node, and where there is no such argument.
+        """
+        arguments = call_arguments(node)
+        if argument not in arguments:
+            known = f"it has {', '.join(arguments)}" if arguments else "it calls no operator"
+            raise RewriteError(f"{node.name} has no argument {argument}: {known}")
+        old = arguments[argument]
+        if [n for n in leaves(old) if isinstance(n, Node)] != [n for n in leaves(value) if isinstance(n, Node)]:
+            raise RewriteError(f"{argument} of {node.name} reads other nodes then: literals alone can be set")
+        set_argument(node, argument, value)
+        self._sign(node, [node])
+        self._note("set literal", "", node.name, f"{argument}: {old} -> {value}", (node.name,))
+
+    def follow(self) -> None:
+        """Let the attributes of layers follow the sizes of parameters that were set: ``out_features`` and its like."""
+        for path in dict.fromkeys(c.path.rpartition(".")[0] for c in self.changes if c.kind == "set parameter"):
+            for name, size in followed(attribute(self.program.module, path)):
+                self.set_attribute(path, name, size)
+
     def revalue(self) -> None:
-        """Infer the values of all nodes anew, after parameters changed their shapes."""
+        """Infer the values of edited nodes anew, and of all that follow where shapes changed.
+
+        Raises RewriteError, by name, for the first node that does not fit what it is given now.
+        """
+        moved = set(self._reshaped)
         for node in self.graph.nodes:
-            if node.op in ("call_function", "call_module"):
-                meta.VALUE.set(node, self.value_of(node))
+            old = meta.VALUE.of(node)
+            if node.op in ("call_function", "call_module") and (
+                self._is_edited(node) or not moved.isdisjoint(node.all_input_nodes)
+            ):
+                meta.VALUE.set(node, self._refitted(node))
             elif node.op == "get_attr":
                 found = attribute(self.program.module, str(node.target))
-                old = meta.VALUE.of(node)
                 if isinstance(found, torch.Tensor) and isinstance(old, torch.Tensor) and found.shape != old.shape:
                     meta.VALUE.set(node, old.new_empty(tuple(found.shape)))
+            if _layout(old) != _layout(meta.VALUE.of(node)):
+                moved.add(node)
+
+    def _is_edited(self, node: Node) -> bool:
+        """Whether a node, or the layer that it calls, was edited."""
+        if len(self.changes) != self._seen:
+            self._seen = len(self.changes)
+            names = (name for c in self.changes for name in c.nodes)
+            paths = (c.path.rpartition(".")[0] if c.kind == "set parameter" else c.path for c in self.changes)
+            self._edited = frozenset(names), frozenset(paths)
+        return node.name in self._edited[0] or (node.op == "call_module" and node.target in self._edited[1])
+
+    def _refitted(self, node: Node) -> Any:
+        """The value of a node from what it is given now."""
+        try:
+            return self.value_of(node)
+        except Exception as error:
+            called = f"the layer at {node.target}" if node.op == "call_module" else str(node.target)
+            raise RewriteError(f"{node.name} ({called}) does not fit what it is given now: {first_line(error)}") from error
 
     def _repoint(self, below: str = "") -> None:
         """Where code took its dtype or device from a parameter that is not there any more, another one gives it."""
@@ -313,7 +376,7 @@ class Editor:
                     raise RewriteError(f"{node.target} goes with its layer, and no other parameter has its dtype and device")
                 home, node.target = str(node.target).rpartition(".")[0], other
                 meta.VALUE.set(node, like.new_empty(tuple(self._tensor(node.target).shape)))
-                self._note("rewire", home, node.name, f"takes dtype and device from {node.target}", (node.name,))
+                self._note("repoint", home, node.name, f"takes dtype and device from {node.target}", (node.name,))
 
     def _map(self, compute: Compute, sources: Sequence[str]) -> ParameterMap:
         return ParameterMap(compute, tuple(self._maps.get(source, source) for source in sources))
@@ -344,6 +407,8 @@ class Editor:
     def _inserted(self, made: Node, near: Node, detail: str, layer: nn.Module | None) -> Node:
         self._calls.add(made)
         meta.inherit(made, near)
+        if meta.WHOLE.of(near) and module_stack(near)[-1:] and module_stack(near)[-1][1] == near.target:
+            meta.STACK.set(made, dict(list(meta.STACK.of(near).items())[:-1]))  # beside that layer, not in it
         meta.VALUE.set(made, self.value_of(made))
         self._sign(made, [near])
         path = str(made.target) if made.op == "call_module" else ""
@@ -363,12 +428,15 @@ class Editor:
     ) -> None:
         self.changes.append(Change(kind, path, node, detail, old, new, nodes, map))
 
-    def _checked(self, node: Node, layer: nn.Module) -> Any:
+    def _checked(self, node: Node, layer: nn.Module, reshape: bool) -> Any:
         """The value of a node if it called ``layer``, which must have the shape and dtype that it has now."""
         value = fake_value(self.program.module, node, known=self.program.module.shapes, layer=layer)
         old, new = _shapes(meta.VALUE.of(node)), _shapes(value)
-        if old != new:
-            raise RewriteError(f"the new layer at {node.target} gives {new} where the old one gave {old}")
+        if old != new and not reshape:
+            raise RewriteError(
+                f"the new layer at {node.target} gives {new} where the old one gave {old}: "
+                "replace_layer(..., reshape=True) where its readers are edited too"
+            )
         return value
 
     def _sign(self, node: Node, sources: Sequence[Node]) -> None:
@@ -488,3 +556,7 @@ def _kind(layer: nn.Module) -> str:
 
 def _shapes(value: Any) -> Any:
     return pytree.tree_map(lambda v: (tuple(str(s) for s in v.shape), v.dtype) if isinstance(v, torch.Tensor) else v, value)
+
+
+def _layout(value: Any) -> Any:
+    return pytree.tree_map(lambda v: (str(v.shape), str(v.stride()), v.dtype) if isinstance(v, torch.Tensor) else v, value)

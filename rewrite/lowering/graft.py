@@ -1,25 +1,22 @@
-"""Giving the user's own class back: a copy of their model with the layers swapped that passes replaced."""
+"""Giving the user's own class back: a copy of their model with what passes changed, compared with the program."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
 
 from rewrite.errors import RewriteError, named_line
-from rewrite.graph import meta
 from rewrite.graph.hooks import hang
-from rewrite.graph.nodes import attribute, module_key, module_stack
+from rewrite.graph.nodes import attribute
 from rewrite.graph.program import LayerGraph, Program
 from rewrite.graph.tree import Places, on_meta, tied
 from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, clone, difference, run
+
+from .fitting import Fit, fit, followed, joined, unplaced
 
 ROUNDING = 1e-5
 """The largest relative error between two float32 runs of the same operators."""
@@ -27,34 +24,43 @@ _PLAIN = (bool, int, float, str, tuple, torch.Size)
 
 
 def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Module:
-    """A copy of ``model`` with the layers that the program's history replaced, and the program's parameters.
+    """A copy of ``model`` with what the program's history changed, and the program's parameters.
 
     ``model`` is any instance of the captured class with the captured parameter shapes. Unless ``verify`` is False, the
     copy is compared with the program on its example inputs, in both modes: bit for bit, or else in exact arithmetic.
 
     A module that calls children of its own after the replaced layer (a norm with a built-in activation) becomes an
-    nn.Sequential of the new layer, ``layer``, and those children.
+    nn.Sequential of the new layer, ``layer``, and those children; so does one that a layer was inserted right before or
+    after. Parameters may have other shapes where the attributes that your class reads follow.
 
     Raises RewriteError, by name, for another class or other shapes; for an edit at a path that is no module of the
-    model, or of a module that does more; for a shared module of which one call was edited; and for edits of the graph
-    between layers. The model is not changed.
+    model, or of a module that does more; for a shared module of which one call was edited; for edits of the graph
+    between layers; and for a parameter that would be left out. The model is not changed.
     """
     _check_class(program, model)
     _check_shapes(program, model)
-    calls = _Calls.of(program)
-    tails = {path: _tail(calls, model, path) for path in _edited_paths(program)}
+    fitted = fit(program, model)
     made = clone(model)
-    _load(made, program, set(tails))
-    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in tails}, _own_tensors(program, made))
     places = Places(made)
-    for path, layer in layers.items():
-        _set(places, made, path, _followed(layer, tails[path]))
+    _load(made, program, fitted, places)
+    wanted = [*fitted.swapped, *(p for beside in (fitted.before, fitted.after) for paths in beside.values() for p in paths)]
+    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in wanted}, _own_tensors(program, made))
+    for path, tail in fitted.swapped.items():
+        _set(places, made, path, followed(layers[path], tail))
+    for path in {**fitted.before, **fitted.after}:
+        _set(places, made, path, joined(fitted, path, made.get_submodule(path), layers))
+    for (path, name), value in fitted.attributes.items():
+        if path not in fitted.swapped:
+            setattr(made.get_submodule(path), name, value)
+    problem = next(unplaced(program, made, fitted), None)
+    if problem is not None:
+        raise RewriteError(f"your class cannot hold what the passes made of it: {problem}; save the program as .pt2")
     hang(made, program.properties)
     if verify:
         try:
             _verify(program, made)
         except (AttributeError, TypeError) as error:  # the class reads what a new layer does not have
-            where = ", ".join(list(tails)[:3])
+            where = ", ".join(list(layers)[:3])
             raise RewriteError(
                 f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
             ) from error
@@ -82,98 +88,31 @@ def _check_shapes(program: Program, model: nn.Module) -> None:
             )
 
 
-def _edited_paths(program: Program) -> Iterator[str]:
-    for record in program.history:
-        for site in record.changes:
-            if site.kind in ("set parameter", "set property"):
-                continue
-            if site.kind != "replace layer":
-                raise RewriteError(
-                    f"pass {record.text} changed the graph between layers ({site.kind} at {site.path}): "
-                    "that cannot be put into your class; save the program as .pt2"
-                )
-            yield site.path
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """The layer calls of a program by path, and all nodes of each module call by its key."""
-
-    by_path: Mapping[str, Sequence[Node]]
-    by_key: Mapping[str, Sequence[Node]]
-
-    @classmethod
-    def of(cls, program: Program) -> _Calls:
-        by_path: dict[str, list[Node]] = {}
-        by_key: dict[str, list[Node]] = {}
-        for node in program.graph.nodes:
-            if node.op == "call_module":
-                by_path.setdefault(str(node.target), []).append(node)
-            for key, _, _ in module_stack(node):
-                by_key.setdefault(key, []).append(node)
-        return cls(by_path, by_key)
-
-    def after(self, call: Node) -> tuple[str, ...] | None:
-        """The names of the children that follow a layer, one on the other, in its module's call; None if there is more.
-
-        A child that is called twice is more: a sequence has one place for it.
-        """
-        path = str(call.target)
-        chain = [call]
-        while len(chain[-1].users) == 1:
-            user = next(iter(chain[-1].users))
-            if user.op != "call_module" or str(user.target).rpartition(".")[0] != path or user.args != (chain[-1],):
-                break
-            chain.append(user)
-        names = tuple(str(n.target).rpartition(".")[2] for n in chain[1:])
-        inside = self.by_key.get(module_key(call), ())
-        return names if set(inside) == set(chain) and len(set(names)) == len(names) else None
-
-
-def _tail(calls: _Calls, model: nn.Module, path: str) -> tuple[str, ...]:
-    """The children that the module at ``path`` calls after the layer, as a norm with a built-in activation does.
-
-    Raises RewriteError if the path is no module of the model's, or if the module does anything else.
-    """
-    module = attribute(model, path)
-    if not isinstance(module, nn.Module):
-        base = path.rpartition("_")[0]
-        if isinstance(attribute(model, base), nn.Module):
-            raise RewriteError(
-                f"{base} is a module called several times, of which one call was edited: your class "
-                "cannot hold that; edit all its calls, or save the program as .pt2"
-            )
-        raise RewriteError(f"{path} is no module of your model but a call inside its code: save the program as .pt2")
-    tails = {() if meta.WHOLE.of(n) else calls.after(n) for n in calls.by_path.get(path, ())}
-    tail = tails.pop() if len(tails) == 1 else None
-    if tail is None or (tail and len(inspect.signature(module.forward).parameters) != 1):
-        raise RewriteError(
-            f"{path} is a {type(module).__name__}, which does more than the layer that was replaced in it: "
-            "save the program as .pt2"
-        )
-    return tail
-
-
-def _followed(layer: nn.Module, tail: tuple[str, ...]) -> nn.Module:
-    """The layer, and after it those of its children that the module called there."""
-    if not tail:
-        return layer
-    after = {name: layer.get_submodule(name) for name in tail}
-    for name in tail:
-        delattr(layer, name)
-    return nn.Sequential(OrderedDict(layer=layer, **after))
-
-
-def _load(made: nn.Module, program: Program, edited: set[str]) -> None:
+def _load(made: nn.Module, program: Program, fitted: Fit, places: Places) -> None:
     """Give the copy the program's values wherever both have a tensor and no layer is swapped."""
     ours = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
+    for name in fitted.resized:
+        holder, last = attribute(made, name.rpartition(".")[0] or "") or made, name.rpartition(".")[2]
+        value = attribute(program.module, name)
+        if isinstance(holder, nn.Module) and isinstance(value, torch.Tensor):
+            _resize(holder, last, value, places)
     with torch.no_grad():
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
             parts = name.split(".")
-            swapped = any(".".join(parts[:i]) in edited for i in range(1, len(parts)))
+            swapped = any(".".join(parts[:i]) in fitted.swapped for i in range(1, len(parts)))
             value = ours.get(name)
             if not swapped and value is not None and value.shape == tensor.shape and not value.is_meta:
                 tensor.copy_(value)
+
+
+def _resize(holder: nn.Module, name: str, value: torch.Tensor, places: Places) -> None:
+    """Make room for a parameter or buffer of another shape, or one that was None, where the class has its name."""
+    for held in (holder._parameters, holder._buffers):
+        old = held.get(name)
+        if name in held and (old is None or old.shape != value.shape):
+            empty = torch.empty_like(value)
+            made = nn.Parameter(empty, value.requires_grad) if held is holder._parameters else empty
+            places.set(held, name, made)
 
 
 def _own_tensors(program: Program, made: nn.Module) -> dict[int, Any]:

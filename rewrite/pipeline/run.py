@@ -146,8 +146,8 @@ def edited(program: Program, step: Pass, settings: Settings) -> Context:
     """Run a pass on ``program`` itself; the context that the pass left."""
     context = Context(Editor(program, step.text), settings.seed, settings.data, settings.listener)
     step.run(program, context)
-    if any(c.map is not None for c in context.edit.changes):
-        context.edit.revalue()
+    context.edit.follow()
+    context.edit.revalue()
     program.graph.lint()
     program.module.recompile()
     return context

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from rewrite.graph.edit import Change, Kind
 from rewrite.graph.history import Check
-from rewrite.graph.nodes import attribute
+from rewrite.graph.nodes import attribute, call_arguments
 from rewrite.graph.program import Container, Program
 from rewrite.graph.properties import thawed
 from rewrite.graph.tree import names_of_modules, names_of_tensors
@@ -48,6 +48,7 @@ class Edits:
     swept: frozenset[str] = frozenset()
     attributes: frozenset[str] = frozenset()
     properties: frozenset[str] = frozenset()
+    literals: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, after: Program, changes: Sequence[Change]) -> Edits:
@@ -61,9 +62,10 @@ class Edits:
 
         swept = frozenset(c.path for c in changes if c.kind == "sweep")
         attributes = frozenset(f"{c.path}.{c.detail.partition(':')[0]}" for c in changes if c.kind == "set attribute")
-        nodes = (touched("insert"), touched("remove"), touched("rewire"))
+        nodes = (touched("insert"), touched("remove"), touched("rewire") | touched("repoint"))
         properties = frozenset(c.node for c in changes if c.kind == "set property")
-        return cls(layers, _above(layers), tensors, called, *nodes, swept, attributes, properties)
+        literals = frozenset(f"{c.node}.{c.detail.partition(':')[0]}" for c in changes if c.kind == "set literal")
+        return cls(layers, _above(layers), tensors, called, *nodes, swept, attributes, properties, literals)
 
 
 def _aliases(names: Mapping[int, Sequence[str]], paths: Sequence[str]) -> frozenset[str]:
@@ -143,12 +145,21 @@ class _Frame:
         target = self._recalled(old, new) or self.same.value(old.target, new.target)
         if old.op != new.op or not target:
             return f"{old.op} {old.target} became {new.op} {new.target}"
-        if new.name not in self.edits.rewired and not self.same.arguments(old, new):
+        if new.name not in self.edits.rewired and not self._same_arguments(old, new):
             return "its arguments changed"
         if new.op == "get_attr" and str(new.target) not in self.edits.tensors:
             ours, theirs = attribute(self.before.module, str(old.target)), attribute(self.after.module, str(new.target))
             return None if self.same.value(ours, theirs) else f"the tensor {new.target} changed"
         return None
+
+    def _same_arguments(self, old: Node, new: Node) -> bool:
+        """Whether all arguments are the same, those aside that were set."""
+        if not any(name.startswith(f"{new.name}.") for name in self.edits.literals):
+            return self.same.arguments(old, new)
+        ours, theirs = (
+            {k: v for k, v in call_arguments(n).items() if f"{new.name}.{k}" not in self.edits.literals} for n in (old, new)
+        )
+        return self.same.value(ours, theirs)
 
     def _recalled(self, old: Node, new: Node) -> bool:
         """Whether the node calls the path at which the journal says its layer was replaced."""

@@ -134,7 +134,7 @@ def test_inserted_layer() -> None:
     made = edit.insert_layer("gate", nn.Linear(DIM, 4), [first], after=first)
     assert tuple(made.meta["val"].shape)[1:] == (4,)
     assert made.prev is first
-    assert module_path(made) == module_path(first)
+    assert module_path(made) == ""  # beside the layer, not in it
     assert type(program.module.gate) is nn.Linear
     assert edit.changes[0].kind == "insert"
     assert values_are_right(program)
