@@ -317,6 +317,11 @@ class Editor:
         self._sign(node, [node])
         self._note("set literal", "", node.name, f"{argument}: {old} -> {value}", (node.name,))
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether an edit may have changed the shape of a value."""
+        return bool(self._reshaped) or any(c.kind in ("set parameter", "set literal") for c in self.changes)
+
     def follow(self) -> None:
         """Let the attributes of layers follow the sizes of parameters that were set: ``out_features`` and its like."""
         for path in dict.fromkeys(c.path.rpartition(".")[0] for c in self.changes if c.kind == "set parameter"):

@@ -147,7 +147,8 @@ def edited(program: Program, step: Pass, settings: Settings) -> Context:
     context = Context(Editor(program, step.text), settings.seed, settings.data, settings.listener)
     step.run(program, context)
     context.edit.follow()
-    context.edit.revalue()
+    if context.edit.reshapes:
+        context.edit.revalue()
     program.graph.lint()
     program.module.recompile()
     return context
