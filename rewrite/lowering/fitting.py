@@ -84,7 +84,7 @@ class _Fitting:
     def take(self, record: Record, site: Site) -> None:
         """Find the place of one edit."""
         match site.kind:
-            case "set property" | "repoint":
+            case "set property" | "repoint" | "move":
                 pass
             case "sweep":
                 pass  # what goes was called, or read: the edit that removed that is judged
