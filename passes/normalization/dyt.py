@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from rewrite.analysis.norms import Norm, norms
-from rewrite.analysis.residuals import post_norms
-from rewrite.analysis.unseen import unseen_text
-from rewrite.pipeline.pass_ import Pass, option
-from rewrite.pipeline.select import Selector
-from rewrite.proof.contract import NEW, Contract
-
-if TYPE_CHECKING:
-    from rewrite.graph.program import Program
-    from rewrite.pipeline.context import Context
+from rewrite.analysis.calibration import TANH, Curve
+from rewrite.analysis.norms import Norm
+from rewrite.analysis.pointwise import PointwiseLayer, number, place_of
+from rewrite.graph.layers import BiasedRMSNorm
+from rewrite.pipeline.pass_ import option
+from rewrite.pipeline.pointwise import Pointwise
 
 
-class DynamicTanh(nn.Module):
+class DynamicTanh(PointwiseLayer):
     """y = weight * tanh(alpha * x) + bias, element by element; alpha is one trained number.
 
     ``weight`` and ``bias`` have the norm's ``normalized_shape`` (or are None) and stand along the last axes of x, or
-    along ``channel_axis`` 1 of a channels-first map [N, C, ...]. ``eps`` is the replaced norm's, unused, for code that
-    reads it.
+    along ``channel_axis`` 1 of a channels-first map [N, C, ...]. ``eps`` is the replaced norm's, unused.
     """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -40,76 +31,49 @@ class DynamicTanh(nn.Module):
         channel_axis: int = -1,
         eps: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(weight, bias, normalized_shape, channel_axis, eps)
         self.alpha = nn.Parameter(alpha)
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
-        self.normalized_shape = normalized_shape
-        self.channel_axis = channel_axis
-        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.tanh(self.alpha * x)
-        if self.weight is not None:
-            y = y * self._along(self.weight, x)
-        if self.bias is not None:
-            y = y + self._along(self.bias, x)
-        return y
-
-    def _along(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter if self.channel_axis == -1 else parameter.reshape(-1, *[1] * (x.dim() - 2))
-
-    def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, channel_axis={self.channel_axis}"
+        return self.affine(torch.tanh(self.alpha * x))
 
 
 @dataclass(frozen=True)
-class DyT(Pass):
+class DyT(Pointwise):
     """Replace normalization with dynamic tanh: y = weight * tanh(alpha * x) + bias.
 
     Every LayerNorm and RMSNorm that ``where`` selects, whatever its spelling, becomes an element-wise function: no
     statistics are taken. The trained weight and bias are carried over; a norm without them gets none. The result is
     another function and has to be trained. It is known not to train in post-norm models, and not in place of BatchNorm.
 
+    With data, ``calibrate=lsq`` takes alpha, weight and bias from a least-squares fit to what each norm gives on it (alpha
+    of a grid, the others by regression for each channel), ``calibrate=formula`` alpha = sqrt(m)/(C s) and weight times
+    sqrt(m), with s the harmonic mean of the tokens' deviations and m = C - 1 (RMSNorm: C). The report has the relative
+    error of each place; where it stays above ``fallback``, the norm becomes an RMSNorm.
+
     Source: Zhu et al., "Transformers without Normalization", CVPR 2025 (arXiv 2503.10622), equation 1. There alpha
-    starts at 0.5; for Llama 7B at 0.8 before attention and 0.2 before FFNs and the head: use the pass twice, with
-    ``where``.
+    starts at 0.5; for Llama 7B at 0.8 before attention and 0.2 before FFNs and the head: ``alpha_attention=0.8
+    alpha=0.2``. The formula: Stollenwerk, "The Mathematical Relationship Between Layer Normalization and Dynamic Activation
+    Functions" (arXiv 2503.21708), from the norm of one coordinate with the others fixed.
     """
 
     name = "dyt"
-    inserts = (DynamicTanh,)
+    inserts = (DynamicTanh, BiasedRMSNorm)
+    method = "DyT"
     alpha: float = option(0.5, "value of the trained scalar alpha at the start", at_least=-1e4, at_most=1e4)
-    where: Selector = option(Selector("*"), "norms to replace: path glob, type:, re:, !, several with |")
 
-    def contract(self) -> Contract:
-        return Contract(forward=NEW, backward=NEW)
+    def curve(self) -> Curve:
+        return TANH
 
-    def run(self, program: Program, context: Context) -> None:
-        chosen = {norm.path: norm for norm in context.choose(norms(program), self.where)}
-        posts = [norm.path for norm in post_norms(program, norms(program)) if norm.path in chosen]
-        if posts:
-            context.warn(f"DyT is known not to train in place of post-norms, and these are: {', '.join(posts)}")
-        if rest := unseen_text(program, "norm"):
-            context.warn(rest)
-        for path, norm in chosen.items():
-            context.edit.replace_layer(path, self.layer_for(norm))
+    def layer_for(self, norm: Norm, alpha: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> DynamicTanh:
+        """The layer that replaces a norm."""
+        return DynamicTanh(number(alpha, norm), weight, bias, *place_of(norm))
 
-    def layer_for(self, norm: Norm) -> DynamicTanh:
-        """The layer that replaces a norm, with its trained weight and bias."""
-        like = norm.value
-        alpha = torch.full((1,), self.alpha, dtype=like.dtype, device=norm.device)
-        return DynamicTanh(alpha, norm.weight, norm.bias, norm.shape, norm.channel_axis, norm.eps)
-
-    def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """weight * (1 - e^(-2u)) / (1 + e^(-2u)) + bias with u = alpha x (odd in u), channels moved to the end and back."""
+    def value(self, new: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """(1 - e^(-2u)) / (1 + e^(-2u)) with u = alpha x, odd in u."""
         assert isinstance(new, DynamicTanh)
-        (x,) = inputs
-        moved = x.movedim(new.channel_axis, -1)
-        u = new.alpha * moved
-        y = torch.where(u >= 0, _tanh_from_zero(u), -_tanh_from_zero(-u))
-        y = y * new.weight if new.weight is not None else y
-        y = y + new.bias if new.bias is not None else y
-        return y.movedim(-1, new.channel_axis)
+        u = new.alpha * x
+        return torch.where(u >= 0, _tanh_from_zero(u), -_tanh_from_zero(-u))
 
 
 def _tanh_from_zero(u: torch.Tensor) -> torch.Tensor:

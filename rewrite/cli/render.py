@@ -16,7 +16,7 @@ from rewrite.pipeline.text import Element, print_pipeline
 from .job import parameter_count
 
 if TYPE_CHECKING:
-    from rewrite.graph.history import Check, Record, Verification
+    from rewrite.graph.history import Check, Measured, Record, Verification
     from rewrite.graph.program import Program
 
     from .job import Outcome
@@ -102,6 +102,8 @@ def _record_rows(record: Record) -> Iterator[tuple[str, RenderableType]]:
         yield from _changed_and_proven(record)
     if record.skipped:
         yield "left alone", by_reason((skipped.path, skipped.reason) for skipped in record.skipped)
+    if record.measured:
+        yield "measured", measured_table(record.measured)
     yield "parameters", _parameters(*record.parameters)
     yield "seconds", _seconds(record)
     for warning in record.warnings:
@@ -115,6 +117,16 @@ def _changed_and_proven(record: Record) -> Iterator[tuple[str, RenderableType]]:
         for check in record.verification.checks:
             if check.name in FIGURES and check.error is not None:
                 yield check.name, f"{check.error:.3g} ({check.detail})"
+
+
+def measured_table(measured: Sequence[Measured]) -> Table:
+    """What a pass measured at each place: one row a place, one column a name."""
+    names = list(dict.fromkeys(name for each in measured for name in each.figures))
+    table = Table("place", *names, box=None, pad_edge=False, header_style="dim")
+    for each in measured:
+        figures = (each.figures.get(name, "") for name in names)
+        table.add_row(each.path, *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in figures))
+    return table
 
 
 def _changed(record: Record) -> RenderableType:

@@ -26,6 +26,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a pass measured at one place, by name: numbers and words."""
+
+    path: str
+    figures: Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that verification checked: what, whether it holds, the figure it rests on."""
 
@@ -76,6 +84,7 @@ class Record:
     verification: Verification | None = None
     data: str | None = None
     steps: tuple[Record, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -111,6 +120,7 @@ class Record:
             proof,
             data.get("data"),
             tuple(cls.from_json(step) for step in data.get("steps", ())),
+            tuple(Measured(**m) for m in data.get("measured", ())),
         )
 
 

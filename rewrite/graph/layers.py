@@ -70,6 +70,22 @@ class TransposedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class BiasedRMSNorm(nn.RMSNorm):
+    """y = weight · x / √(mean x² + eps) + bias over the last axes, ``normalized_shape``."""
+
+    bias: nn.Parameter
+
+    def __init__(
+        self, normalized_shape: tuple[int, ...], eps: float | None, weight: nn.Parameter | None, bias: nn.Parameter
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine=False)
+        self.weight = weight  # type: ignore[assignment]
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.bias
+
+
 class ModalOperator(nn.Module):
     """An ATen operator some of whose arguments depend on the mode, such as ``lstm(..., train)``.
 

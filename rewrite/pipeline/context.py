@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from rewrite.errors import RewriteError, did_you_mean
 from rewrite.graph.edit import Editor
-from rewrite.graph.history import Skipped
+from rewrite.graph.history import Measured, Skipped
 from rewrite.sources.data import Data
 
 from .select import Selector
@@ -41,6 +41,7 @@ class Context:
     listener: Listener = lambda step: None
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
 
     def skip(self, path: str, reason: str) -> None:
         """Note a place that was eligible and is left alone."""
@@ -49,6 +50,10 @@ class Context:
     def warn(self, message: str) -> None:
         """Note something that the user should know before using the result."""
         self.warnings.append(message)
+
+    def measure(self, path: str, **figures: float | str) -> None:
+        """Note what was measured at a place, for the table of the report: one column a name."""
+        self.measured.append(Measured(path, figures))
 
     def progress(self, done: int, total: int | None) -> None:
         """Tell how much of the data was gone through; to be handed to ``observe``."""

@@ -96,6 +96,7 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         (_count(program), _count(result)),
         verification,
         digest(settings.data),
+        measured=tuple(context.measured),
     )
     result = replace(result, history=(*program.history, record))
     if verification is not None and not verification.passed:
@@ -107,7 +108,7 @@ def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
     """A pass made of passes: each run and proven by itself; one record of the whole, with theirs in it."""
     settings.listener(f"planning {step.text}")
     plan = program.clone(share=True)
-    context = Context(Editor(plan, step.text), settings.seed, settings.data)
+    context = Context(Editor(plan, step.text), settings.seed, settings.data, settings.listener)
     parts = tuple(step.steps(plan, context))
     for part in parts:
         if not step.contract().covers(part.contract()):
@@ -131,6 +132,7 @@ def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
         _together(records, settings) if settings.verify else None,
         digest(settings.data),
         records,
+        tuple(measured for r in records for measured in r.measured),
     )
     return replace(result, history=(*program.history, record))
 

@@ -16,8 +16,16 @@ from tests.passes.table import Row
 
 DIM = 8
 
+
+def sequences() -> list[Tensor]:
+    """Three batches for EncoderLayer."""
+    return [torch.randn(4, 6, DIM, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
 ROWS = [
     Row("dyt", "EncoderLayer", {"layer.norm1", "layer.norm2"}, compiled=True),
+    Row("dyt{calibrate=lsq fallback=1}", "EncoderLayer", {"layer.norm1", "layer.norm2"}, data=sequences),
+    Row("dyt{calibrate=formula fallback=0}", "EncoderLayer", {"layer.norm1", "layer.norm2"}, data=sequences),
     Row("dyt{alpha=0.8}", "vit", 5),
     Row("dyt", "llama", 5),
     Row("dyt", "gpt2", 5),

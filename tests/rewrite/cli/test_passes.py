@@ -26,9 +26,9 @@ def test_passes_text_and_json_come_from_one_description() -> None:
     assert [option["name"] for option in one["options"]] == [option.name for option in description.options]
     page = " ".join(run("passes", "dyt").stdout.split())
     assert "promises forward new, backward new" in page
-    assert "dyt{alpha=0.5 where=*}" in page
+    assert "dyt{alpha=0.5 alpha_attention=none" in page
     for option in one["options"]:
-        assert {option["name"], option["type"], option["default"]} <= set(page.split())
+        assert {option["name"], *option["type"].split(), option["default"]} <= set(page.split())
     assert "arXiv 2503.10622" in page
 
 
