@@ -170,7 +170,7 @@ def test_mistakes_in_a_pipeline_are_pointed_at(probe: type[Pass], text: str, mes
 
 
 def test_what_is_no_pass_is_refused(probe: type[Pass]) -> None:
-    with pytest.raises(RewriteError, match="names no pass; installed: .*dyt"):
+    with pytest.raises(RewriteError, match=r"names no pass; installed: .*dyt"):
         as_passes(" ")
     for wrong in (probe, 3, [3], None):
         with pytest.raises(RewriteError, match="is no pass: give its text"):
