@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from rewrite.analysis.writes import Writes
 from rewrite.errors import RewriteError
+from rewrite.graph.like import like
 from rewrite.graph.spelled import SpelledActivation
 from rewrite.graph.straight import Straight
 from rewrite.pipeline.pass_ import Pass, option
@@ -81,7 +83,8 @@ class FewBitPass(Pass):
 
     The forward is the activation's own, bit for bit. GELU, SiLU, Mish, softplus, ELU, SELU, hardswish, tanh and sigmoid get
     the best step function for their derivative, ReLU and leaky ReLU their exact derivative in 1 bit. An activation is left
-    alone, with the reason, where what it keeps is kept by another operator anyway, and where it writes in place.
+    alone, with the reason, where what it keeps is kept by another operator anyway. One that writes in place gets a result of
+    its own; where something else sees what it writes, it is left alone.
 
     Source: Novikov et al., "Few-bit Backward: Quantized Gradients of Activation Functions for Memory Footprint Reduction",
     ICML 2023 (arXiv 2202.00441), section 3: borders and levels by dynamic programming.
@@ -99,8 +102,9 @@ class FewBitPass(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         known: dict[str, Steps] = {}
+        writes = Writes(program.graph, program.module)
         for site in context.choose(_sites(program), self.where):
-            reason = _obstacle(program, site)
+            reason = _obstacle(program, writes, site)
             if reason:
                 context.skip(site.path, reason)
                 continue
@@ -126,11 +130,14 @@ class FewBitPass(Pass):
 
 def _function(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The activation in whatever dtype it is called: what a library spells out casts as it likes."""
-    return _SPELLED[layer.function] if isinstance(layer, SpelledActivation) else layer
+    return _SPELLED[layer.function] if isinstance(layer, SpelledActivation) else _inner(layer)
 
 
 def _inner(layer: nn.Module) -> nn.Module:
-    return Straight.of(layer.graphs["any"]) if isinstance(layer, SpelledActivation) else copy.deepcopy(layer)
+    """The activation as a layer of its own, that writes nothing."""
+    if isinstance(layer, SpelledActivation):
+        return Straight.of(layer.graphs["any"])
+    return like(layer, type(layer), inplace=False) if hasattr(layer, "inplace") else copy.deepcopy(layer)
 
 
 def _sites(program: Program) -> list[Site]:
@@ -145,18 +152,28 @@ def _sites(program: Program) -> list[Site]:
     return list(found.values())
 
 
-def _obstacle(program: Program, site: Site) -> str:
+def _obstacle(program: Program, writes: Writes, site: Site) -> str:
     """Why nothing would be saved there, or the function would be another; empty where neither is so."""
-    if getattr(site.layer, "inplace", False):
-        return "it writes in place"
     for call in site.calls:
-        kept, what = (call, "result") if isinstance(site.layer, _KEEP_RESULT) else (call.all_input_nodes[0], "input")
-        other = keeper(program, kept, besides=call)
+        source = call.all_input_nodes[0]
+        kept, what = (call, "result") if isinstance(site.layer, _KEEP_RESULT) else (source, "input")
+        keeps = keeper(program, kept, besides=call)
+        if keeps:
+            return f"its {what} is kept by {keeps} anyway"
+        other = _seen(writes, source, call) if getattr(site.layer, "inplace", False) else ""
         if other:
-            return f"its {what} is kept by {other} anyway"
+            return f"it writes in place, into what {other} has too"
     if isinstance(site.layer, SpelledActivation):
         try:
             _inner(site.layer)
         except RewriteError as error:
             return str(error)
     return ""
+
+
+def _seen(writes: Writes, source: Node, call: Node) -> str:
+    """Who sees what ``call`` writes into ``source``, besides who reads its result; empty where nobody does."""
+    if source.op in ("placeholder", "get_attr"):
+        return "the caller"
+    others = [n for n in writes.sharers(source) if writes.position(n) < writes.position(call)]
+    return next((n.name for n in [*others, *source.users] if n is not call), "")

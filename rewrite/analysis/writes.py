@@ -63,6 +63,11 @@ class Writes:
         """Whether anything writes into a value."""
         return self._root(node) in self.writes
 
+    def sharers(self, node: Node) -> list[Node]:
+        """The other values that may share memory with a value, in execution order."""
+        root = self._root(node)
+        return [other for other in self.order if other is not node and self._root(other) is root]
+
     def settled(self, node: Node) -> bool:
         """Whether nothing writes into a value after it is made: whoever reads it reads the same."""
         places = self.writes.get(self._root(node), [])

@@ -15,6 +15,7 @@ from rewrite.numerics.compare import TOLERANCE
 from .contract import NoFormulaError
 from .cuts import Cut
 from .form import Form, Outcome, Setting, TensorsOf, World, projection
+from .layerwise import LayerwiseForm
 from .part import Part
 from .record import Tape
 from .variants import EXAMPLE
@@ -85,6 +86,9 @@ def _by_formula(
     cut: Cut, worlds: tuple[World, World], step: Promising, values: Sequence[torch.Tensor], setting: Setting, ran: Outcome
 ) -> Mapping[str, torch.Tensor]:
     """What the pass says the gradients are, by the names that a form gives them."""
+    if LayerwiseForm.fits(worlds, cut):
+        made = LayerwiseForm(worlds, cut, step).run(values, setting).gradients
+        return {name: gradient for name, gradient in made.items() if gradient is not None}
     new = TensorsOf(worlds[1], cut.new, setting)
     old = TensorsOf(worlds[0], cut.old, setting, leaves=new.leaves)
     part = Part(old.called(cut.old), new.called(cut.new))

@@ -35,7 +35,20 @@ _LAYERS: tuple[type[nn.Module], ...] = (
     ScaledDotProductAttention,
     Region,
 )
-_OPERATORS = (aten.mul, aten.div, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.pow, aten.linear)
+_OPERATORS = (
+    aten.mul,
+    aten.div,
+    aten.matmul,
+    aten.mm,
+    aten.bmm,
+    aten.addmm,
+    aten.baddbmm,
+    aten.pow,
+    aten.linear,
+    aten.max_pool1d,
+    aten.max_pool2d,
+    aten.max_pool3d,
+)
 _VIEWS = (
     aten.view,
     aten.reshape,
