@@ -22,6 +22,7 @@ from rewrite.torch_private import pytree
 from . import meta
 from .fakes import fake_value
 from .maps import Compute, ParameterMap
+from .module_calls import ModuleCall, module_calls
 from .nodes import attribute, call_arguments, gives_kind_alone, is_pure, leaves, module_stack, set_argument
 from .program import Container, Program
 from .properties import thawed
@@ -30,6 +31,7 @@ from .tree import Places, names_of_tensors
 
 Kind = Literal[
     "replace layer",
+    "replace module",
     "insert",
     "remove",
     "rewire",
@@ -111,6 +113,62 @@ class Editor:
         names = tuple(n.name for n in calls)
         self._note("replace layer", target, ", ".join(names), f"{_kind(old)} -> {_kind(layer)}", names, old, layer)
         self._repoint(f"{path}.")
+
+    def replace_module(self, path: str, layer: nn.Module) -> None:
+        """Replace every call of the user's module at ``path``, with all that is in it, by a call of ``layer``.
+
+        ``layer`` is given the one tensor that flows into the module and gives the one that flows out of it. ``graft`` puts
+        it in the module's place, whatever else your class hands to the module, or takes from it.
+
+        Raises RewriteError where the module is not called, is given or gives more tensors than one, holds a layer that is
+        called from elsewhere, or where the new output has another shape or dtype; nothing is changed then.
+        """
+        calls = module_calls(self.graph, path)
+        if not calls:
+            raise RewriteError(f"there is no call of a module at {path} in this program")
+        ends = [call.single() for call in calls]
+        old = attribute(self.program.module, path)
+        self._check_alone(path, calls)
+        for source, result in ends:
+            self._check_gives(path, layer, source, result)
+        layer.train(old.training if isinstance(old, nn.Module) else self.program.module.training)
+        self._put(path, layer)
+        kind = calls[0].stack[calls[0].key][1]
+        words = f"{str(getattr(kind, '__qualname__', kind)).rpartition('.')[2]} -> {_kind(layer)}"
+        made = [self._call_instead(call, source, result) for call, (source, result) in zip(calls, ends, strict=True)]
+        self._note("replace module", path, ", ".join(made), words, tuple(made), old, layer)
+        self.remove_unused([n for call in calls for n in call.nodes], path, "what the module did")
+
+    def _check_alone(self, path: str, calls: Sequence[ModuleCall]) -> None:
+        inside = {node for call in calls for node in call.nodes}
+        for node in self.graph.nodes:
+            below = node.op in ("call_module", "get_attr") and f"{node.target}.".startswith(f"{path}.")
+            if below and node not in inside and not inside.issuperset(node.users):
+                raise RewriteError(f"{node.target}, which is part of the module at {path}, is used outside of it too")
+
+    def _check_gives(self, path: str, layer: nn.Module, source: Node, result: Node) -> None:
+        with self.graph.inserting_after(result):
+            probe = self.graph.call_module(path, (source,))
+        try:
+            found = fake_value(self.program.module, probe, layer=layer)
+        finally:
+            self.graph.erase_node(probe)
+        old, new = _shapes(meta.VALUE.of(result)), _shapes(found)
+        if old != new:
+            raise RewriteError(f"the new layer at {path} gives {new} where the module gave {old}")
+
+    def _call_instead(self, call: ModuleCall, source: Node, result: Node) -> str:
+        with self.graph.inserting_after(result):
+            made = self.graph.call_module(call.path, (source,))
+        self._calls.add(made)
+        meta.inherit(made, result)
+        meta.STACK.set(made, call.stack)
+        meta.WHOLE.set(made, True)
+        meta.VALUE.set(made, self.value_of(made))
+        self._note("insert", call.path, made.name, f"in place of {len(call.nodes)} nodes", (made.name,))
+        inside = set(call.nodes)
+        self.rewire(result, made, lambda user: user not in inside)
+        return made.name
 
     def insert_layer(
         self, path: str, layer: nn.Module, inputs: Sequence[Argument], *, after: Node, place: Sequence[int] = ()

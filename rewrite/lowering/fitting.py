@@ -33,6 +33,8 @@ class Fit:
     ``swapped``: the paths at which the program's layer replaces the user's module, with the children that the module called
     after its layer. ``before`` and ``after``: the paths of layers that stand right before or after a module. ``attributes``:
     values of plain attributes by path and name. ``resized``: parameters of another shape, or that were not there.
+    ``modules``: those of the swapped paths whose layer stands for all that a module did. ``adapted``: those of them whose
+    layer needs to be told which of a call's arguments is its own.
     """
 
     swapped: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -40,6 +42,8 @@ class Fit:
     after: dict[str, list[str]] = field(default_factory=dict)
     attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
     resized: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
+    adapted: set[str] = field(default_factory=set)
 
     def renamed(self, name: str) -> str:
         """The name in the user's class of a tensor of the program."""
@@ -49,7 +53,9 @@ class Fit:
             home = next((h for beside in (self.before, self.after) for h, paths in beside.items() if path in paths), None)
             if home is not None:
                 return ".".join([home, path.rpartition(".")[2], *rest])
-            if path in self.before or path in self.after or (self.swapped.get(path) and rest[0] not in self.swapped[path]):
+            if path in {*self.before, *self.after, *self.adapted} or (
+                self.swapped.get(path) and rest[0] not in self.swapped[path]
+            ):
                 return ".".join([path, _LAYER, *rest])
         return name
 
@@ -79,6 +85,7 @@ class _Fitting:
         sites = [site for record in program.history for site in record.changes]
         self.inserted = {site.path for site in sites if site.kind == "insert"}
         self.sized = {site.path for site in sites if site.kind == "set attribute"}
+        self.modules = {site.path for site in sites if site.kind == "replace module"}
         self.nodes = {node.name: node for node in program.graph.nodes}
 
     def take(self, record: Record, site: Site) -> None:
@@ -94,6 +101,11 @@ class _Fitting:
                 self._attribute(record, site)
             case "replace layer":
                 self._swap(site.path)
+            case "replace module":
+                self._swap(site.path)
+                self.fit.modules.update([site.path] if site.path in self.fit.swapped else [])
+            case "insert" | "remove" if site.path in self.modules:
+                pass  # how a module was replaced
             case "insert":
                 self._insert(record, site)
             case "remove" if site.path in self.calls.by_path or site.path in self.inserted:

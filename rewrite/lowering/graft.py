@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError, named_line
+from rewrite.graph import meta
 from rewrite.graph.hooks import hang
-from rewrite.graph.nodes import attribute
+from rewrite.graph.nodes import attribute, hint_of
 from rewrite.graph.program import LayerGraph, Program
 from rewrite.graph.tree import Places, on_meta, tied
 from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, clone, difference, run
 
 from .fitting import Fit, fit, followed, joined, unplaced
+from .standing import calls_of, standing
 
 ROUNDING = 1e-5
 """The largest relative error between two float32 runs of the same operators."""
@@ -45,8 +47,8 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     _load(made, program, fitted, places)
     wanted = [*fitted.swapped, *(p for beside in (fitted.before, fitted.after) for paths in beside.values() for p in paths)]
     layers = copy.deepcopy({path: program.module.get_submodule(path) for path in wanted}, _own_tensors(program, made))
-    for path, tail in fitted.swapped.items():
-        _set(places, made, path, followed(layers[path], tail))
+    for path in _modules_first(program, fitted, model, layers):
+        _set(places, made, path, followed(layers[path], fitted.swapped[path]))
     for path in {**fitted.before, **fitted.after}:
         _set(places, made, path, joined(fitted, path, made.get_submodule(path), layers))
     for (path, name), value in fitted.attributes.items():
@@ -65,6 +67,20 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
                 f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
             ) from error
     return made
+
+
+def _modules_first(program: Program, fitted: Fit, model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    """The swapped paths, those of whole modules first and their layers told which argument they are given."""
+    calls = calls_of(model, program, sorted(fitted.modules)) if fitted.modules else {}
+    for path, call in calls.items():
+        node = next(n for n in program.graph.nodes if n.op == "call_module" and n.target == path)
+        like = meta.VALUE.of(node.all_input_nodes[0])
+        shape = [hint_of(size) for size in like.shape]
+        made = standing(path, layers[path], call, torch.empty(shape, dtype=like.dtype, device="meta"))
+        if made is not layers[path]:
+            fitted.adapted.add(path)
+            layers[path] = made
+    return sorted(fitted.swapped, key=lambda path: path not in fitted.modules)
 
 
 def _check_class(program: Program, model: nn.Module) -> None:

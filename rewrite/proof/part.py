@@ -23,7 +23,8 @@ class Part:
 
     @property
     def replaced(self) -> tuple[nn.Module | None, nn.Module] | None:
-        """The old layer (or None) and the new one, where the part now is a single layer; else None."""
-        if len(self.new) != 1 or len(self.old) > 1:
+        """The old layer (None where it was not one) and the new one, where the part now is a single layer; else None."""
+        if len(self.new) != 1:
             return None
-        return next(iter(self.old.values()), None), next(iter(self.new.values()))
+        old = next(iter(self.old.values())) if len(self.old) == 1 else None
+        return old, next(iter(self.new.values()))
