@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class DropFFN(Dropping):
     """Drop the FFNs of chosen layers: x + FFN(N x) becomes x.
 
-    The whole branch goes, plain or gated: its norm, projections, scale, dropout and stochastic depth, and their parameters
-    with it. The error of each sum is measured and held against ``bound``.
+    The whole branch goes, plain, gated or a mixture of experts: its norm, projections, scale, dropout and stochastic
+    depth, and their parameters with it. The error of each sum is measured and held against ``bound``.
 
     Refused: a branch whose values are read elsewhere.
 
@@ -26,4 +26,4 @@ class DropFFN(Dropping):
     name = "drop-ffn"
 
     def drops(self, branch: Branch) -> bool:
-        return branch.kind in ("ffn", "gated ffn")
+        return branch.kind in ("ffn", "gated ffn", "experts")

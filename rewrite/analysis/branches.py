@@ -20,14 +20,12 @@ from torch.fx import Node
 from rewrite.graph.nodes import aten, module_path, packet
 from rewrite.graph.program import Program
 
-from .carry import carried
-from .kinds import Kind, Parts, is_norm, parts_of, scale_of
+from .carry import carried, is_shape_alone, scale_of
+from .kinds import Kind, Parts, is_norm, parts_of
 from .streams import Stream, streams
 
 Order = Literal["pre", "post", "res-post", "peri", "inner", "none"]
 """Where a branch is normalized: at its start, after the addition, at its end, at its start and end, within, nowhere."""
-_SHAPES = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty")
-_SHAPE_ONLY = tuple(getattr(aten, name) for name in _SHAPES)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class _Walk:
         inside: dict[Node, None] = {}
         starts: dict[Node, None] = {}
         for node in sorted(seen, key=self.order.__getitem__):
-            read = [s for s in node.all_input_nodes if s in stream and s is not writer and packet(node) not in _SHAPE_ONLY]
+            read = [s for s in node.all_input_nodes if s in stream and s is not writer and not is_shape_alone(node, s)]
             if read or any(s in inside for s in node.all_input_nodes):
                 inside[node] = None
                 starts.update(dict.fromkeys(read))
@@ -115,7 +113,7 @@ class _Walk:
         """What carries a writer on, the first addition behind it, and that one's other operand."""
         carriers, node = list[Node](), writer
         while True:
-            after = [u for u in node.users if u in stream]
+            after = [u for u in node.users if carried(self.program, u, node, stream.values[node]) is not None]
             if len(after) != 1:
                 return None
             (user,) = after
@@ -201,7 +199,7 @@ class _Walk:
                 norms.append(node)
                 step = node.args[0] if node.args and isinstance(node.args[0], Node) else None
             else:
-                step = scale_of(self.program, node)
+                step = scale_of(node)
                 scale = node if step is not None and scale is None else scale
                 step = step if step is not None else self._carried_from(node)
             if step is None or step not in inside:

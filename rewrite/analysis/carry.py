@@ -65,6 +65,21 @@ def is_constant(node: Node) -> bool:
     return node.op == "get_attr"
 
 
+def scale_of(node: Node) -> Node | None:
+    """The value that a node multiplies by a parameter or a number, None where it does not."""
+    if packet(node) not in (aten.mul, aten.mul_, aten.div, aten.div_) or len(node.args) != 2:
+        return None
+    data = [a for a in node.args if isinstance(a, Node) and not is_constant(a)]
+    return data[0] if len(data) == 1 else None
+
+
+def is_shape_alone(node: Node, operand: Node) -> bool:
+    """Whether a node takes only the shape, dtype or device of an operand: ``zeros_like(x)``, ``y.to(x)``."""
+    if packet(node) in _LIKE:
+        return True
+    return packet(node) in _AS and next(iter(call_arguments(node).values())) is not operand
+
+
 def is_carrier(layer: nn.Module) -> bool:
     """Whether a layer passes its input on, in evaluation at least: dropout, stochastic depth."""
     if not isinstance(layer, Region):
@@ -249,6 +264,9 @@ _GROUPS: tuple[tuple[Rule, str], ...] = (
     (_padded, "pad constant_pad_nd"),
     (_indexed, "index"),
 )
+_LIKE: tuple[Any, ...] = (aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.sym_size)
+_LIKE += (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
+_AS = (aten.to, aten.type_as, aten.expand_as, aten.view_as)
 _RULES: Mapping[Any, Rule] = {
     getattr(aten, name): rule for rule, names in _GROUPS for name in names.split() if hasattr(aten, name)
 }

@@ -19,7 +19,7 @@ from rewrite.torch_private import _BatchNorm
 from .carry import is_constant, sizes
 from .norms import norm_of
 
-Kind = Literal["attention", "cross-attention", "ffn", "gated ffn", "convolutional", "other"]
+Kind = Literal["attention", "cross-attention", "ffn", "gated ffn", "experts", "convolutional", "other"]
 
 _PRODUCTS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
 _SUMMING = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
@@ -54,7 +54,9 @@ def parts_of(program: Program, nodes: Sequence[Node], norms: Collection[Node]) -
         kind: Kind = "attention" if within else "cross-attention"
     elif spatial:
         kind = "convolutional"
-    elif len(projections) > 1 and (acts or _gates(nodes, inside)):
+    elif any(packet(n) is aten.topk for n in nodes):
+        kind = "experts"
+    elif len(projections) > 1:
         kind = "gated ffn" if _gates(nodes, inside) else "ffn"
     else:
         kind = "other"
@@ -80,14 +82,6 @@ def is_norm(program: Program, node: Node) -> bool:
     layer = program.layer(node)
     kinds = (_BatchNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     return norm_of(program, node) is not None or isinstance(layer, kinds) or hasattr(layer, "normalized_shape")
-
-
-def scale_of(program: Program, node: Node) -> Node | None:
-    """The value that a node multiplies by a parameter or a number, None where it does not."""
-    if packet(node) not in (aten.mul, aten.mul_, aten.div, aten.div_) or len(node.args) != 2:
-        return None
-    data = [a for a in node.args if isinstance(a, Node) and not is_constant(a)]
-    return data[0] if len(data) == 1 else None
 
 
 def _is_layer(program: Program, node: Node, kinds: tuple[type[nn.Module], ...]) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from rewrite.graph.nodes import aten, packet, tensor_value
+from rewrite.graph.nodes import aten, module_key, packet, tensor_value
 from rewrite.graph.program import Program
 
-from .carry import is_carrier
+from .carry import is_carrier, scale_of
 from .norms import Norm
 
 ADDS = (aten.add, aten.add_)
@@ -46,18 +46,27 @@ def residual_adds(program: Program) -> list[ResidualAdd]:
     downstream = _Downstream(program)
     origin: dict[Node, Node] = {}
     found: list[ResidualAdd] = []
+    sums: set[Node] = set()
     for add in program.graph.nodes:
         if packet(add) not in ADDS or not _tensor_operands(add):
             continue
         left, right = (passed_through(program, operand) for operand in add.args[:2] if isinstance(operand, Node))
         for skip, branch in ((left, right), (right, left)):
-            starts = [skip, *([origin[skip]] if skip in origin else [])]
+            starts = [skip, *([origin[skip]] if skip in origin else []), *_scaled(program, add, skip, sums)]
             start = next((s for s in starts if skip is not branch and downstream.of(s, branch)), None)
             if start is not None:
                 origin[add] = start
                 found.append(ResidualAdd(add, skip, branch))
+                sums.add(add)
                 break
     return found
+
+
+def _scaled(program: Program, add: Node, skip: Node, sums: Collection[Node]) -> list[Node]:
+    """What a skip is scaled from, where it is: a * x + F(x), with x a sum, or from outside of the module that adds."""
+    data = scale_of(skip)
+    data = None if data is None else passed_through(program, data)
+    return [] if data is None or (data not in sums and module_key(data) == module_key(add)) else [data]
 
 
 class _Downstream:

@@ -131,7 +131,7 @@ class Flow:
             moved = carry.carried(self.program, user, node, axis)
             if moved is not None:
                 yield user, moved
-            else:
+            elif not carry.is_shape_alone(user, node):
                 readers.append(Reader(user, node, axis))
 
     def _rate(self, node: Node) -> float:

@@ -16,8 +16,7 @@ from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.nodes import attribute
 from rewrite.graph.program import Program
 
-from .carry import carried, is_constant
-from .kinds import scale_of
+from .carry import carried, is_constant, scale_of
 from .streams import Stream
 from .uses import Uses
 
@@ -93,7 +92,7 @@ class Writers:
 
     def _scaled(self, node: Node, axis: int) -> Written | None:
         """The product of a linear map with a gain: the map's node, the gain's name, the nodes between."""
-        data = scale_of(self.program, node)
+        data = scale_of(node)
         if data is None:
             return None
         gain = next(a for a in node.args if isinstance(a, Node) and a is not data)
