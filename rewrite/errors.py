@@ -76,3 +76,8 @@ def named_line(error: BaseException, limit: int = 300) -> str:
 def printable(text: str) -> str:
     """The text without colours, and with escapes in place of whatever else could take over a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in _COLOUR.sub("", text))
+
+
+def one_lined(text: str) -> str:
+    """The text as ``printable``, a line break in it, as a file's name may have, as an escape too."""
+    return printable(text).replace("\n", "\\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from rewrite.errors import RewriteError, first_line, named_line, printable
+from rewrite.errors import PipelineError, RewriteError, first_line, named_line, one_lined, printable
 
 BUG, MISTAKE, INTERRUPTED = 1, 2, 130
 LONGEST = 1000
@@ -47,14 +47,16 @@ def one_line(*, full: bool = False) -> Iterator[None]:
 
 def told(error: Exception) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
+    if isinstance(error, PipelineError):
+        return str(error), MISTAKE  # shows the text, with a caret below it
     if isinstance(error, RewriteError):
-        return str(error), MISTAKE
+        return one_lined(str(error)), MISTAKE
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         return f"there is not enough memory for this: {first_line(error)}; use smaller inputs or a smaller model", MISTAKE
     if isinstance(error, RecursionError):
         return "the model, or a text, is nested too deeply for Python to follow (--traceback shows where)", MISTAKE
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", MISTAKE
+        return one_lined(f"{error.strerror}{f': {error.filename}' if error.filename else ''}"), MISTAKE
     return f"this is a bug of rewrite: {named_line(error)} ({_place(error)}); run again with --traceback, and report it", BUG
 
 

@@ -82,10 +82,14 @@ class Model:
         else:
             args, kwargs = infer_inputs(model, seed=self.seed)
         listener(f"capturing {type(model).__name__}")
+        hint = unlike(model, args, kwargs)
         try:
-            return capture(model, args, kwargs), model
+            program = capture(model, args, kwargs)
         except RewriteError as error:
-            raise RewriteError(f"{error}{unlike(model, args, kwargs)}") from error
+            raise RewriteError(f"{error}{hint}") from error
+        if self.inputs and hint:  # a capture does not compute, and some operators only then look at the dtype
+            _check_runs(program, hint)
+        return program, model
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,16 @@ def _blamed(program: Program) -> Iterator[None]:
             raise
         hint = unlike(program.module, program.example_args, program.example_kwargs)
         raise RewriteError(f"the model does not run on its example inputs: {named_line(trouble)}{hint}") from trouble
+
+
+def _check_runs(program: Program, hint: str) -> None:
+    """Raises RewriteError where the program, in evaluation, does not run on its example inputs."""
+    from rewrite.numerics.probes import watch
+
+    try:
+        watch(program, {}, program.example_args, program.example_kwargs, 0)
+    except Exception as error:
+        raise RewriteError(f"the model does not run on its example inputs: {named_line(error)}{hint}") from error
 
 
 def _trouble(program: Program) -> Exception | None:

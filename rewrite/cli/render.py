@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rewrite.errors import one_lined
 from rewrite.pipeline.text import Element, print_pipeline
 
 from .job import parameter_count
@@ -32,14 +33,16 @@ FIGURES = ("output error", "site error")
 
 def show_outcome(console: Console, outcome: Outcome) -> None:
     """What a run did, pass by pass, and where the result is."""
-    program, spec = outcome.program, outcome.job.model.spec
+    program, spec = outcome.program, one_lined(outcome.job.model.spec)
     console.print(headline(outcome.before, captured=not outcome.job.model.is_program))
     if outcome.records:
         console.print(records_table(outcome.records))
     if program.opaque:
         count = len(program.opaque)
         console.print(
-            f"{_number(count, 'part')} passes cannot see into: rewrite show {spec}", style="yellow", soft_wrap=True
+            f"{_number(count, 'part')} passes cannot see into: rewrite show {one_lined(spec)}",
+            style="yellow",
+            soft_wrap=True,
         )
     for note in program.origin.notes:
         console.print(Text(f"note: {note}", "yellow"))
@@ -66,7 +69,7 @@ def _show_written(console: Console, outcome: Outcome) -> None:
     if written.reason:
         console.print(Text(f"not your own class again: {written.reason}", "yellow"))
     verb = "dry run, would write " if outcome.job.dry_run else "wrote "
-    console.print(Text.assemble(verb, (str(written.path), "bold green"), f": {written.kind}"), soft_wrap=True)
+    console.print(Text.assemble(verb, (one_lined(str(written.path)), "bold green"), f": {written.kind}"), soft_wrap=True)
 
 
 def headline(program: Program, *, captured: bool) -> Text:

@@ -17,6 +17,7 @@ from rewrite.errors import RewriteError
 from rewrite.torch_private import pytree
 
 from .data_files import check_files, digest_of, read
+from .input_text import as_call
 
 BATCH = 32
 """Into batches of how many samples tensors are cut that hold all samples of a file."""
@@ -134,25 +135,9 @@ def _piece(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 def call_of(item: Any, number: int = 0) -> Call:
     """The call that an item stands for; ``number`` tells which one it is. Raises RewriteError for what is none."""
-    item = pytree.tree_map_only(numpy.ndarray, torch.from_numpy, item)
-    if isinstance(item, torch.Tensor):
-        return Call((item,), {})
-    if isinstance(item, Mapping):
-        return Call((), _named(item, number), spare=True)
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], tuple | list) and isinstance(item[1], Mapping):
-        return Call(tuple(item[0]), _named(item[1], number))
-    if isinstance(item, tuple | list):
-        return Call(tuple(item), {}, spare=isinstance(item, list))
-    raise RewriteError(
-        f"item {number} of the data is a {type(item).__name__}: give a tensor, a tuple of arguments, a dict of them, "
-        "or the pair (args, kwargs)"
-    )
-
-
-def _named(item: Mapping[Any, Any], number: int) -> dict[str, Any]:
-    if not all(isinstance(key, str) for key in item):
-        raise RewriteError(f"item {number} of the data is a dict whose keys are no names of arguments")
-    return dict(item)
+    item = pytree.tree_map_only(numpy.ndarray, torch.from_numpy, dict(item) if isinstance(item, Mapping) else item)
+    args, kwargs = as_call(item, f"item {number} of the data")
+    return Call(args, kwargs, spare=isinstance(item, list | dict))
 
 
 def _bytes(leaf: Any) -> bytes:

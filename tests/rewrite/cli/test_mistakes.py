@@ -216,3 +216,12 @@ def test_a_terminal_is_not_taken_over_by_a_name() -> None:
 
 def test_inputs_that_cannot_be_inferred(model: Path) -> None:
     assert "pass --inputs" in fails("apply", model, "-p", "dyt")
+
+
+def test_a_line_break_in_a_name_does_not_break_the_line(model: Path) -> None:
+    assert "there is no file no\\nfile.pt" in fails("show", "no\nfile.pt")
+    assert "there is no file x\\ny.pt" in fails("apply", model, "-p", "dyt", *MLP_INPUTS, "--data", "x\ny.pt")
+    model.rename("a\nb.pt")
+    text = run("apply", "a\nb.pt", "-p", "dyt", *MLP_INPUTS).stdout
+    assert "wrote a\\nb.dyt.pt: Sequential" in text
+    assert Path("a\nb.dyt.pt").exists()

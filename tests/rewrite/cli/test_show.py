@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.rewrite.cli.running import ESCAPE, MLP_INPUTS, run
+import pytest
+
+from tests.rewrite.cli.running import ESCAPE, MLP_INPUTS, fails, run
 
 
 def test_show(model: Path) -> None:
@@ -19,3 +21,11 @@ def test_show(model: Path) -> None:
         "nothing: passes see every part",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float16", "float64", "bool"])
+def test_inputs_of_another_dtype_are_named(model: Path, dtype: str) -> None:
+    """A capture alone lets them pass: it computes nothing."""
+    message = fails("show", model, "--inputs", f"{dtype}[2,8]")
+    assert "the model does not run on its example inputs" in message or "cannot be captured" in message
+    assert f"its parameters are float32, and the inputs hold {dtype}" in message
