@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from rewrite.graph.layers import ScaledDotProductAttention
 from rewrite.graph.maps import ParameterMap
 from rewrite.graph.nodes import attribute
 from rewrite.numerics.exact import ExactArithmetic
 from rewrite.numerics.modes import mode_readers
-from rewrite.torch_private import TorchDispatchMode, pytree
+from rewrite.torch_private import TorchDispatchMode, _DropoutNd, pytree
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Setting:
 
     The last of ``calls`` calls counts. Parameters are moved by normal noise of ``moved`` times their own scale, the same in
     both forms: what holds a value that follows from an old parameter shows itself. ``draw`` numbers the random numbers of a
-    run, where ``seed`` stands for all else.
+    run, where ``seed`` stands for all else. ``silent`` sets the rate of each dropout to 0.
     """
 
     exact: bool = True
@@ -39,6 +40,7 @@ class Setting:
     moved: float = 0.0
     seed: int = 0
     draw: int = 0
+    silent: bool = False
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Outcome:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: list[torch.Tensor] = field(default_factory=list)
     draws: int = 0
+    drawn: tuple[Drawn, ...] = ()
     aliased: list[bool] = field(default_factory=list)
 
 
@@ -98,6 +101,7 @@ class Form:
             tensors.state(),
             [t.detach() for t in handed],
             draws.count,
+            tuple(draws.drawn),
             [any(_share(t, v) for v in handed) for t in found],
         )
 
@@ -130,6 +134,10 @@ def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+Drawn = tuple[str, float, int]
+"""One random draw: the operator, its rate, how many numbers."""
+
+
 class SeededDraws(TorchDispatchMode):
     """Seeds the k-th random draw by (seed, k), so that two forms draw alike."""
 
@@ -137,12 +145,18 @@ class SeededDraws(TorchDispatchMode):
         super().__init__()
         self.seed = seed
         self.count = 0
+        self.drawn: list[Drawn] = []
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = (kwargs or {}).get("generator") is not None
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and not own:
             torch.manual_seed(self.seed * 1_000_003 + self.count)
             self.count += 1
+            found = func(*args, **(kwargs or {}))
+            first = next((t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)), None)
+            rate = next((a for a in args[1:] if isinstance(a, float)), 0.0)
+            self.drawn.append((str(func), rate, 0 if first is None else first.numel()))
+            return found
         return func(*args, **(kwargs or {}))
 
 
@@ -217,6 +231,8 @@ class TensorsOf:
         for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
             self._copy(f"{path}.{name}", tensor)
         self.layers[path] = copy.deepcopy(found, self.memo).train(self.setting.training)
+        if self.setting.silent:
+            _silence(self.layers[path])
 
     def _copy(self, path: str, tensor: torch.Tensor) -> None:
         if id(tensor) in self.memo:
@@ -249,6 +265,14 @@ class TensorsOf:
         deviation = float(tensor.double().std()) if tensor.numel() > 1 else 0.0
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
         return tensor + moved * (deviation or 1.0) * projection(tensor, seed)
+
+
+def _silence(layer: nn.Module) -> None:
+    """Set the rate of every dropout in a layer to 0."""
+    for part in layer.modules():
+        name = "p" if isinstance(part, _DropoutNd) else "dropout_p" if isinstance(part, ScaledDotProductAttention) else ""
+        if name:
+            setattr(part, name, 0.0)
 
 
 def _cast(tensor: torch.Tensor, setting: Setting) -> torch.Tensor:

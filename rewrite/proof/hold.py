@@ -14,7 +14,7 @@ from rewrite.numerics.compare import TOLERANCE
 
 from .cuts import Cut
 from .form import Form, Outcome, Setting, World
-from .judge import Gap, excess, gap, tolerance
+from .judge import Gap, excess, gap, resized_draws, tolerance
 from .record import Tape
 from .variants import EXAMPLE, FRESH
 
@@ -54,6 +54,8 @@ class Forms:
             return Gap(problem=f"{type(new).__name__}: {first_line(new)}")
         if self.cut.written and any(b and not a for a, b in zip(old.aliased, new.aliased, strict=False)):
             return Gap(problem="an output is an input itself, and something writes into it later")
+        if not setting.silent and resized_draws(old, new):
+            return replace(self.gap(values, replace(setting, silent=True)), silent=True)
         return gap(old, new, gradients=setting.gradients)
 
     def tried(self, trial: Trial) -> Gap:

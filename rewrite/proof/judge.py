@@ -24,7 +24,10 @@ CEILING = 1e-6
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the new form is from the old: relative errors of outputs, gradients and state, and what is worst."""
+    """How far the new form is from the old: relative errors of outputs, gradients and state, and what is worst.
+
+    ``silent``: dropouts were run at rate 0, since both forms draw other sizes.
+    """
 
     outputs: float = 0.0
     gradients: float = 0.0
@@ -32,6 +35,7 @@ class Gap:
     worst: str = ""
     problem: str = ""
     unrun: str = ""
+    silent: bool = False
 
     @property
     def largest(self) -> float:
@@ -75,6 +79,14 @@ def _problem(old: Outcome, new: Outcome) -> str:
     if old.draws != new.draws:
         return f"{new.draws} random draws instead of {old.draws}"
     return ""
+
+
+def resized_draws(old: Outcome, new: Outcome) -> bool:
+    """Whether both forms draw by the same operators at the same rates, as often or as many numbers, but of other sizes:
+    a resized or merged tensor meets a dropout, and the numbers fall elsewhere."""
+    if old.drawn == new.drawn or {d[:2] for d in old.drawn} != {d[:2] for d in new.drawn}:
+        return False
+    return len(old.drawn) == len(new.drawn) or sum(d[2] for d in old.drawn) == sum(d[2] for d in new.drawn)
 
 
 def _gradient_errors(old: Outcome, new: Outcome) -> dict[str, float]:

@@ -157,3 +157,60 @@ def test_right_twins_pass(name: str, tmp_path: Path) -> None:
     record = apply(program(), RIGHT[name], crash_folder=tmp_path).history[0]
     assert record.verification is not None
     assert record.verification.passed
+
+
+class TwoBranches(nn.Module):
+    """x + second1(drop(first1(x))) + second2(drop(first2(x)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first1, self.first2 = nn.Linear(DIM, 6), nn.Linear(DIM, 6)
+        self.drop1, self.drop2 = nn.Dropout(0.25), nn.Dropout(0.25)
+        self.second1, self.second2 = nn.Linear(6, DIM, bias=False), nn.Linear(6, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second1(self.drop1(self.first1(x))) + self.second2(self.drop2(self.first2(x)))
+
+
+class Wide(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.first, self.drop, self.second = nn.Linear(DIM, 12), nn.Dropout(rate), nn.Linear(12, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.drop(self.first(x)))
+
+
+def merging(rate: float) -> Action:
+    """Both branches as one wide one, whose dropout draws as many numbers in another order."""
+
+    def action(program: Program, context: Context) -> None:
+        edit, nodes = context.edit, {n.name: n for n in program.graph.nodes}
+        x, sums = nodes["x"], [n for n in nodes.values() if n.name in ("add", "add_1")]
+        wide = edit.insert_layer("wide", Wide(rate), [x], after=x)
+        for name, axis in (("first", 0), ("second", 1)):
+            edit.set_parameter(
+                f"wide.{name}.weight", functools.partial(_joined, axis=axis), f"{name}1.weight", f"{name}2.weight"
+            )
+        edit.set_parameter("wide.first.bias", functools.partial(_joined, axis=0), "first1.bias", "first2.bias")
+        total = edit.insert_function(torch.ops.aten.add.Tensor, [x, wide], after=wide)
+        edit.rewire(sums[1], total)
+        edit.remove_unused([sums[1], *sums[1].all_input_nodes], "first1", "merged")
+        edit.sweep()
+
+    return action
+
+
+def _joined(a: Tensor, b: Tensor, *, axis: int) -> Tensor:
+    return torch.cat([a, b], axis)
+
+
+def test_dropouts_of_other_sizes_are_held_at_rate_0_and_that_is_said(tmp_path: Path) -> None:
+    before = capture(TwoBranches(), (torch.randn(2, 5, DIM),))
+    record = apply(before, step(merging(0.25)), crash_folder=tmp_path).history[0]
+    assert record.verification is not None
+    assert any("dropouts of other sizes at rate 0" in check.detail for check in record.verification.checks)
+    with pytest.raises(VerificationError, match="random draws"):
+        apply(before, step(merging(0.0)), crash_folder=tmp_path)
+    with pytest.raises(VerificationError, match="same"):
+        apply(before, step(merging(0.5)), crash_folder=tmp_path)
