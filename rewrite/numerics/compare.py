@@ -27,6 +27,8 @@ Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 TOLERANCE = 1e-10
 """The largest relative error, in exact arithmetic, of what is called the same."""
+FLOOR = 1e-3
+"""A gradient counts relative to its own size, or to this share of the largest gradient where that is more."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,8 @@ def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference
         if x.shape != y.shape or x.dtype != y.dtype:
             return Difference(0, 0, 0, problem=f"an output {tuple(x.shape)} {x.dtype} against {tuple(y.shape)} {y.dtype}")
     shared = [n for n in a.gradients if n in b.gradients and (names is None or n in names)]
-    errors = {n: _gradient_error(a.gradients[n], b.gradients[n]) for n in shared}
+    scale = max((float(g.abs().max()) for g in a.gradients.values() if g is not None and g.numel()), default=0.0)
+    errors = {n: _gradient_error(a.gradients[n], b.gradients[n], scale) for n in shared}
     worst = max(errors, key=lambda n: errors[n], default="")
     buffers = [
         relative_error(t, b.buffers[n]) for n, t in a.buffers.items() if n in b.buffers and b.buffers[n].shape == t.shape
@@ -259,11 +262,14 @@ def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference
     )
 
 
-def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> float:
+    """Relative to its own size, or to a share of the largest gradient: that of a key's bias is rounding alone."""
     if a is None or b is None:
         given = a if a is not None else b
         return 0.0 if given is None or not bool(given.any()) else float("inf")
-    return relative_error(a, b)
+    error = relative_error(a, b)
+    own = float(a.abs().max()) if a.numel() else 0.0
+    return error * (own or 1.0) / max(own, FLOOR * scale) if 0 < error < math.inf and scale else error
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.numerics.compare import TOLERANCE, relative_error
+from rewrite.numerics.compare import FLOOR, TOLERANCE, relative_error
 
 from .form import Outcome
 
-FLOOR = 1e-3
-"""A gradient counts relative to its own size, or to this share of the largest gradient where that is more."""
 ULPS = 8.0
 """How many times what one ulp at the border does is still rounding."""
 SLACK = 4.0

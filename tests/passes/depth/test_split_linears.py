@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import apply, load, save
+from rewrite import apply, graft, load, save
 from rewrite.graph.edit import Editor
 from rewrite.graph.program import Program
-from tests.compare import captured
+from tests.compare import captured, model_of
 from tests.passes.table import Row
 
 from .test_merge_linears import Attention, Block, X
@@ -55,6 +55,15 @@ class Pairs(nn.Module):
 def test_layers_of_several_groups_go_back_where_they_were(model: nn.Module) -> None:
     program = apply(model, [], args=(X,))
     assert same_state(apply(program, "merge-linears,split-linears"), program)
+
+
+def test_the_users_class_takes_the_layers_that_are_back() -> None:
+    """A key's bias has a gradient that is rounding alone, and another rounding after the split."""
+    back = apply(captured("bert"), "merge-linears,split-linears", verify=False)
+    model = model_of("bert")
+    made = graft(back, model)
+    assert type(made) is type(model)
+    assert [*made.state_dict()] == [*model.state_dict()]
 
 
 def test_what_came_between_stays_with_its_rows() -> None:

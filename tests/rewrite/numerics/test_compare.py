@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite import RewriteError, apply, capture, verify
-from rewrite.numerics.compare import relative_error
+from rewrite.numerics.compare import Run, difference, relative_error
 from tests.compare import CAPTURED, captured, case, model_of
 
 DIM = 8
@@ -144,3 +144,13 @@ def test_infinities_must_be_the_same_ones() -> None:
     assert relative_error(inf, inf.clone()) == 0
     assert relative_error(inf, torch.tensor([float("-inf"), 1.0])) == float("inf")
     assert relative_error(inf, torch.tensor([float("nan"), 1.0])) == float("inf")
+
+
+def test_a_gradient_that_is_rounding_alone_counts_by_the_largest() -> None:
+    """As for a key's bias, zero but for rounding; one that is wrong by its own size still counts where it matters."""
+    large, tiny = torch.ones(3), torch.full((3,), 1e-18)
+    one, other = (Run((), {"weight": large, "bias": g}, {}) for g in (tiny, -tiny))
+    assert difference(one, other).gradients <= 1e-14
+    small = torch.full((3,), 1e-4)
+    one, other = (Run((), {"weight": large, "bias": g}, {}) for g in (small, -small))
+    assert difference(one, other).gradients == pytest.approx(0.2)
