@@ -93,12 +93,14 @@ ATTRIBUTES: dict[str, str] = {
     "_forward_hooks": "nn.Module: the hooks that a trace of it holds already",
     "_forward_hooks_always_called": "nn.Module: a hook of ours that is called where the forward raised, too",
     "_forward_pre_hooks": "nn.Module: hooks of ours; whether something is computed before each call",
+    "_forward_pre_hooks_with_kwargs": "nn.Module: a hook of ours that is given the keywords, too",
     "_guards_code": "ExportedProgram: the conditions on sizes under which a capture holds",
     "_init_fn": "CustomOpDef: the module that defines a custom operator",
     "_modules": "nn.Module: the children that are its own, None included, in order",
     "_non_persistent_buffers_set": "nn.Module: which buffers a state_dict leaves out",
     "_overloadpacket": "OpOverload: one operator whatever its overload",
     "_parameters": "nn.Module: the parameters that are its own, None included, in order",
+    "_version": "Tensor: whether something was written into it between two times that autograd kept it",
     "_schema": "OpOverload: an operator's arguments by name, and which of them it writes",
 }
 

@@ -8,7 +8,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+
+from rewrite.torch_private import pytree
 
 from .properties import frozen, known, thawed
 
@@ -25,9 +28,10 @@ class Enter:
     name: str
     value: Any
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         around = known(self.name).around
-        context = nullcontext() if around is None else around(module, frozen(self.value))
+        context = nullcontext() if around is None else around(module, inputs, frozen(self.value))
         context.__enter__()
         _entered.set((*_entered.get(), context))
 
@@ -45,9 +49,10 @@ class Leave:
 def hang(model: nn.Module, properties: Mapping[str, Any]) -> None:
     """Let a module of the user's run under these properties and no others, by hooks that are copied and pickled with it."""
     take_down(model)
-    before, after, always = _held(model)
+    before, with_keywords, after, always = _held(model)
     for name, value in properties.items():
         before[_MARK + name] = Enter(name, thawed(value))
+        with_keywords[_MARK + name] = True
         after[_MARK + name] = Leave()
         always[_MARK + name] = True
 
@@ -65,6 +70,7 @@ def take_down(model: nn.Module) -> None:
             del held[key]
 
 
-def _held(model: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
-    """Where torch keeps a module's hooks, and which of them are called where the forward raised, too."""
-    return model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called
+def _held(model: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """Where torch keeps a module's hooks; which take keywords, and which are called where the forward raised, too."""
+    before, with_keywords = model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs
+    return before, with_keywords, model._forward_hooks, model._forward_hooks_always_called

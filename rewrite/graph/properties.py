@@ -7,12 +7,13 @@ above all the context in which each forward runs, as hooks on what autograd save
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 from rewrite.errors import RewriteError, did_you_mean
@@ -22,16 +23,19 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 _DEPTH, _LEAVES, _TEXT = 16, 100_000, 10_000
 
 
+Around = Callable[[nn.Module, Sequence[torch.Tensor], Any], AbstractContextManager[Any]]
+
+
 @dataclass(frozen=True)
 class Property:
     """What a property does.
 
-    ``around(module, value)`` is the context in which each forward of the module runs; without it the value only tells
-    something. It must leave what the forward computes as it is, bit for bit. ``check(value)`` raises RewriteError for a
-    value that it cannot have. ``inference`` says whether a lowering for inference keeps it.
+    ``around(module, inputs, value)`` is the context in which each forward of the module runs on these tensors; without
+    it the value only tells something. It must leave what the forward computes as it is, bit for bit. ``check(value)``
+    raises RewriteError for a value that it cannot have. ``inference`` says whether a lowering for inference keeps it.
     """
 
-    around: Callable[[nn.Module, Any], AbstractContextManager[Any]] | None = None
+    around: Around | None = None
     check: Callable[[Any], None] = lambda value: None
     inference: bool = False
 
@@ -92,7 +96,7 @@ def under(run: Callable[..., Any], properties: Mapping[str, Any]) -> Callable[..
     def applied(module: nn.Module, *inputs: Any) -> Any:
         with ExitStack() as stack:
             for around, value in arounds:
-                stack.enter_context(around(module, value))
+                stack.enter_context(around(module, [v for v in inputs if isinstance(v, torch.Tensor)], value))
             return run(module, *inputs)
 
     return applied

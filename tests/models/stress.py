@@ -592,6 +592,19 @@ class MethodOfChild(nn.Module):
 
 
 @stress(vectors)
+class Frozen(nn.Module):
+    """Nothing in it is trained, so that autograd keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, 3)).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x)
+        return found
+
+
+@stress(vectors)
 class UnusedParameters(nn.Module):
     """Parameters that no call reads (a free one, a layer, a frozen one, an empty one) belong to the
     state_dict.

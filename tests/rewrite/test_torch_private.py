@@ -32,7 +32,7 @@ def test_a_private_attribute_is_there(name: str) -> None:
     graph = exported.module().graph
     call = next(n for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.linear.default)
     custom = torch.library.custom_op("rewrite_test::name_probe", mutates_args=())(probe)
-    assert any(hasattr(each, name) for each in (exported, graph, call.target, nn.Linear(2, 2), custom))
+    assert any(hasattr(each, name) for each in (exported, graph, call.target, nn.Linear(2, 2), custom, torch.ones(1)))
 
 
 def probe(x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from rewrite.sources.pickles import load_module
 X = torch.randn(4, 8)
 
 
-def narrow(module: nn.Module, value: Any) -> saved_tensors_hooks:
+def narrow(module: nn.Module, inputs: Sequence[Tensor], value: Any) -> saved_tensors_hooks:
     """Keeps what autograd saves, parameters and the input left aside, in bfloat16; as it is where value is "whole"."""
     own = {p.data_ptr() for p in module.parameters()}
 
@@ -41,7 +41,7 @@ def no_number(value: Any) -> None:
 
 
 @contextmanager
-def rounded(module: nn.Module, value: Any) -> Iterator[None]:
+def rounded(module: nn.Module, inputs: Sequence[Tensor], value: Any) -> Iterator[None]:
     weight = next(module.parameters())
     kept, weight.data = weight.data, weight.data * 1.01
     yield

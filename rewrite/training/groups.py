@@ -1,0 +1,101 @@
+"""Numbers in groups, quantized: what autograd keeps as whole numbers of 8, 4 or 2 bits with a minimum and a scale a group.
+
+q = ⌊(x - min) / scale + u⌋ clamped to [0, 2^b - 1], scale = (max - min) / (2^b - 1), u = ½ or drawn from [0, 1), and back
+min + scale · q. With u drawn the mean over draws is x.
+
+Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Architectures", ICML 2022 (arXiv 2206.11357).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from .packing import pack, unpack
+
+
+class Groups(NamedTuple):
+    """``length`` numbers of dtype ``dtype``: packed rows [groups, group · bits / 8], minimum and scale [groups]."""
+
+    rows: torch.Tensor
+    low: torch.Tensor
+    scale: torch.Tensor
+    length: int
+    bits: int
+    dtype: torch.dtype
+
+
+class Pair(NamedTuple):
+    """``length`` numbers that are ``low`` or ``high``, one bit each."""
+
+    planes: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    length: int
+
+
+def grouped_bytes(count: int, bits: int, group: int, dtype: torch.dtype) -> int:
+    """The bytes of ``count`` numbers in groups."""
+    groups = -(-count // group)
+    return groups * (group * bits // 8 + 2 * side_dtype(dtype).itemsize)
+
+
+def side_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What minimum and scale are kept in: float32, or bfloat16 for numbers that are no wider."""
+    return torch.float32 if dtype.itemsize > 2 else torch.bfloat16
+
+
+def as_pair(flat: torch.Tensor) -> Pair | None:
+    """The numbers as one bit each where there are at most two of them, as a mask has; else None. NaN is none of them."""
+    low, high = flat.aminmax()
+    is_high = flat == high
+    if not bool((is_high | (flat == low)).all()):
+        return None
+    return Pair(pack(is_high.view(torch.uint8), 1), low, high, flat.numel())
+
+
+def quantized(flat: torch.Tensor, bits: int, group: int, generator: torch.Generator | None) -> Groups | None:
+    """The numbers in groups; rounded at random where there is a ``generator``. None where one is infinite or NaN."""
+    kept = side_dtype(flat.dtype)
+    rows = F.pad(flat, (0, -flat.numel() % group)).view(-1, group).to(torch.float32 if kept is flat.dtype else flat.dtype)
+    if kept is torch.bfloat16:
+        rows = rows.float()
+    least, most = rows.aminmax(dim=1)
+    top = 2**bits - 1
+    low, scale = least.to(kept), ((most - least) / top).to(kept)
+    if not bool((low + scale).isfinite().all()):
+        return None
+    divisor = torch.where(scale == 0, 1, scale).to(rows.dtype)
+    place = (rows - low.to(rows.dtype)[:, None]) / divisor[:, None]
+    if generator is None:
+        place += 0.5
+    else:
+        place += torch.rand(place.shape, generator=generator, dtype=place.dtype, device=place.device)
+    numbers = place.floor_().clamp_(0, top).to(torch.uint8)
+    return Groups(_joined(numbers, bits), low, scale, flat.numel(), bits, flat.dtype)
+
+
+def restored(kept: Groups | Pair) -> torch.Tensor:
+    """The numbers, flat."""
+    if isinstance(kept, Pair):
+        return torch.where(unpack(kept.planes, kept.length).bool(), kept.high, kept.low)
+    numbers = _parted(kept.rows, kept.bits)
+    wide = torch.float32 if kept.dtype.itemsize <= 2 else kept.dtype
+    rows = numbers.to(wide) * kept.scale.to(wide)[:, None] + kept.low.to(wide)[:, None]
+    return rows.view(-1)[: kept.length].to(kept.dtype)
+
+
+def _joined(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Several numbers of a row to the byte: the k-th part of the row stands k · bits higher."""
+    parts = numbers.chunk(8 // bits, dim=1)
+    made = parts[0].clone()
+    for place, part in enumerate(parts[1:], 1):
+        made |= part << (bits * place)
+    return made
+
+
+def _parted(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    top = 2**bits - 1
+    return torch.cat([(rows >> (bits * place)) & top for place in range(8 // bits)], dim=1)
