@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rewrite.analysis.influence import depth
     from rewrite.files.store import load, save
     from rewrite.frontend.capture import capture
     from rewrite.graph.program import Program
@@ -48,6 +49,7 @@ __all__ = [
     "VerificationError",
     "apply",
     "capture",
+    "depth",
     "export_onnx",
     "get_pass",
     "graft",
@@ -63,6 +65,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "analysis.influence": ["depth"],
     "errors": ["RewriteError"],
     "files.store": ["load", "save"],
     "frontend.capture": ["capture"],

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rewrite.pipeline.dropping import Dropping
-
-if TYPE_CHECKING:
-    from rewrite.analysis.branches import Branch
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,4 @@ class DropAttention(Dropping):
     """
 
     name = "drop-attention"
-
-    def drops(self, branch: Branch) -> bool:
-        return branch.kind == "attention"
+    kinds = ("attention",)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from rewrite.analysis.influence import BlockInfluence
 from rewrite.pipeline.dropping import Dropping
-
-if TYPE_CHECKING:
-    from rewrite.analysis.branches import Branch
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,8 @@ class DropBlocks(Dropping):
     """
 
     name = "drop-blocks"
+    kinds = ("attention", "cross-attention", "ffn", "gated ffn", "experts", "convolutional", "other")
 
-    def drops(self, branch: Branch) -> bool:
-        return True
+    def weighs(self, block: BlockInfluence) -> float:
+        """The block's influence."""
+        return block.influence

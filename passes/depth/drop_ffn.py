@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rewrite.pipeline.dropping import Dropping
-
-if TYPE_CHECKING:
-    from rewrite.analysis.branches import Branch
 
 
 @dataclass(frozen=True)
@@ -24,6 +20,4 @@ class DropFFN(Dropping):
     """
 
     name = "drop-ffn"
-
-    def drops(self, branch: Branch) -> bool:
-        return branch.kind in ("ffn", "gated ffn", "experts")
+    kinds = ("ffn", "gated ffn", "experts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,22 +42,77 @@ def observe(
     Raises RewriteError for data that is empty or does not fit the program, and for a program on the meta device.
     """
     chosen = nodes if isinstance(nodes, Mapping) else {node: Moments() for node in nodes}
+    _run(program, chosen, data, lambda viewer, call, number: viewer.show(call, number, seed), progress, seed)
+    return dict(chosen)
+
+
+Seen = Callable[[int, Mapping[Node, torch.Tensor], Mapping[Node, torch.Tensor]], None]
+
+
+def replay(
+    program: Program,
+    nodes: Iterable[Node],
+    data: Any,
+    instead: Sequence[tuple[Node, Node]],
+    seen: Seen,
+    *,
+    progress: Progress = lambda done, total: None,
+    seed: int = 0,
+) -> None:
+    """Run a program on data, and once more for each pair (node, earlier node): with the earlier one's value for the node.
+
+    ``seen`` is told the number of the pair, the values of ``nodes`` as they are, and those with the pair. All else is as in
+    ``observe``.
+    """
+    kept: dict[Node, torch.Tensor] = {}
+    watched = {node: _Kept(node, kept) for node in dict.fromkeys([*nodes, *(earlier for _, earlier in instead)])}
+
+    def shown(viewer: _Viewer, call: Call, number: int) -> None:
+        viewer.show(call, number, seed)
+        base = dict(kept)
+        for i, pair in enumerate(instead):
+            viewer.instead = pair
+            viewer.show(call, number, seed)
+            seen(i, base, dict(kept))
+        viewer.instead = None
+
+    _run(program, watched, data, shown, progress, seed)
+
+
+class _Kept:
+    """Keeps the last value of a node."""
+
+    def __init__(self, node: Node, kept: dict[Node, torch.Tensor]) -> None:
+        self.node, self.kept = node, kept
+
+    def update(self, *values: torch.Tensor) -> None:
+        self.kept[self.node] = values[0].clone()
+
+
+def _run(
+    program: Program,
+    watched: Mapping[Any, Reducer],
+    data: Any,
+    show: Callable[[_Viewer, Call, int], None],
+    progress: Progress,
+    seed: int,
+) -> None:
+    """Show every call of the data."""
     calls = Data.of(data)
     if on_meta(program.module):
         raise RewriteError("the program is on the meta device: there are no values to observe")
     module = copy.deepcopy(program.module, sharing(program.module)).eval()
-    viewer = _Viewer(program, module, chosen)
+    viewer = _Viewer(program, module, watched)
     done, total = 0, calls.count()
     with ReadOnly(program.module.parameters()), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for call in calls.calls(_batch(program)):
             if not _is_rest(program, call):
-                viewer.show(call, done, seed)
+                show(viewer, call, done)
             done += 1
             progress(done, total)
     if not done:
         raise RewriteError("the data is empty")
-    return dict(chosen)
 
 
 class _Viewer(Interpreter):
@@ -74,6 +129,7 @@ class _Viewer(Interpreter):
         self.kept = {node for groups in self.waiting.values() for group, _ in groups for node in group}
         self.last = max(self.waiting, key=order.__getitem__, default=None)
         self.values: dict[Node, torch.Tensor] = {}
+        self.instead: tuple[Node, Node] | None = None
 
     def show(self, call: Call, number: int, seed: int) -> None:
         """One run, its values shown."""
@@ -90,6 +146,8 @@ class _Viewer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
+        if self.instead is not None and n is self.instead[0]:
+            value = self.values[self.instead[1]].clone()
         if n in self.kept:
             self.values[n] = value
         for group, reducer in self.waiting.get(n, ()):

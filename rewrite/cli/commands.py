@@ -221,6 +221,34 @@ def memory(
 
 
 @app.command()
+def depth(
+    model: ModelName,
+    passes: Passes = None,
+    pipeline: Pipeline = "",
+    inputs: Inputs = None,
+    weights: Weights = None,
+    data: Data = None,
+    seed: Seed = 0,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell on data how much each block and branch adds, and how one depends on another."""
+    import json
+
+    from .depths import deep, show_depth
+    from .job import Model
+
+    texts = _pass_texts(passes or [], pipeline)
+    source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+    with _steps() as steps:
+        found = deep(source, texts, data, steps)
+    if as_json:
+        typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=2))
+        return
+    show_depth(_console(), found)
+
+
+@app.command()
 def export(
     model: ModelName,
     output: Annotated[

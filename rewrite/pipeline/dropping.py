@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch.fx import Node
 
 from rewrite.analysis.branches import Branch, branches
+from rewrite.analysis.influence import BlockInfluence, depth
+from rewrite.analysis.kinds import Kind
 from rewrite.errors import OptionError, RewriteError
 from rewrite.proof.contract import CLOSE, NEW, Contract
 
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dropping(Pass):
-    """Drops the branches of some layers: x + F(x) becomes x."""
+    """Drops the branches of some layers: x + F(x) becomes x. ``kinds`` are the kinds of branches that go."""
 
-    layers: str = option("", "numbers of the layers, as `rewrite show` counts them: '1,2' or '0-3,8'")
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+
+    layers: str = option("", "numbers of the layers, as `rewrite show` counts them: '1,2', '0-3,8', or auto:N")
     bound: float = option(1.0, "largest error of a sum without its branch, relative, root mean square", above=0, finite=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers:
+        if self.layers and not self._wanted():
             try:
                 numbers(self.layers)
             except RewriteError as error:
@@ -40,19 +43,15 @@ class Dropping(Pass):
     def contract(self) -> Contract:
         return Contract(forward=CLOSE, backward=NEW, bound=self.bound)
 
-    @abc.abstractmethod
-    def drops(self, branch: Branch) -> bool:
-        """Whether the pass is about branches of this kind."""
-
     def run(self, program: Program, context: Context) -> None:
         every = branches(program)
-        fitting = [b for b in every if self.drops(b)]
+        fitting = [b for b in every if b.kind in self.kinds]
         if not fitting:
             return
-        chosen = self._chosen(every, fitting)
+        chosen = self._by_data(program, fitting, context) if self._wanted() else self._listed(every, fitting)
         for branch in fitting:
             if branch.layer not in chosen:
-                context.skip(branch.path, f"layer {branch.layer} is not among layers={self.layers}")
+                context.skip(branch.path, f"layer {branch.layer} is not among {', '.join(map(str, chosen))}")
             elif branch.leaks:
                 readers = ", ".join(dict.fromkeys(str(n.target if n.op == "call_module" else n.name) for n in branch.leaks))
                 context.skip(branch.path, f"other things read what it computes: {readers}")
@@ -60,7 +59,7 @@ class Dropping(Pass):
                 drop(branch, context)
         context.edit.sweep()
 
-    def _chosen(self, every: Sequence[Branch], fitting: Sequence[Branch]) -> tuple[int, ...]:
+    def _listed(self, every: Sequence[Branch], fitting: Sequence[Branch]) -> tuple[int, ...]:
         has = ", ".join(str(n) for n in dict.fromkeys(b.layer for b in fitting))
         if not self.layers:
             raise RewriteError(f"{self.name} needs to be told which layers: layers='1,2'; there are {has}")
@@ -68,6 +67,26 @@ class Dropping(Pass):
         if chosen[-1] > last:
             raise RewriteError(f"layers={self.layers}: the model has layers 0 to {last} (of this kind: {has})")
         return chosen
+
+    def _wanted(self) -> int:
+        """How many layers `auto:N` asks for, 0 where layers are listed."""
+        word, _, count = self.layers.partition(":")
+        return int(count) if word == "auto" and count.isdecimal() and len(count) < 6 else 0
+
+    def weighs(self, block: BlockInfluence) -> float:
+        """How much a layer counts when the least are chosen: the largest contribution of the branches that would go."""
+        return max((b.contribution for b in block.branches if b.kind in self.kinds), default=float("inf"))
+
+    def _by_data(self, program: Program, fitting: Sequence[Branch], context: Context) -> tuple[int, ...]:
+        """The layers that add least on the data, the last layer of the model aside."""
+        if context.data is None:
+            raise RewriteError(f"layers={self.layers} chooses by data: give some with --data FILE, or list the layers")
+        found = depth(program, context.data, dependency=False, seed=context.seed).blocks
+        there = {b.layer for b in fitting} - {found[-1].layer}
+        ranked = sorted((self.weighs(block), block.layer) for block in found if block.layer in there)
+        if len(ranked) < self._wanted():
+            raise RewriteError(f"layers={self.layers}: there are {len(ranked)} to choose from, the last one aside")
+        return tuple(sorted(layer for _, layer in ranked[: self._wanted()]))
 
 
 def drop(branch: Branch, context: Context) -> None:
