@@ -29,7 +29,8 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     """A copy of ``model`` with what the program's history changed, and the program's parameters.
 
     ``model`` is any instance of the captured class with the captured parameter shapes. Unless ``verify`` is False, the
-    copy is compared with the program on its example inputs, in both modes: bit for bit, or else in exact arithmetic.
+    copy is compared with the program on its example inputs, in both modes, and in training its gradients: bit for bit, or
+    else in exact arithmetic.
 
     A module that calls children of its own after the replaced layer (a norm with a built-in activation) becomes an
     nn.Sequential of the new layer, ``layer``, and those children; so does one that a layer was inserted right before or
@@ -157,13 +158,13 @@ def _verify(program: Program, made: nn.Module) -> None:
     if on_meta(made):
         return
     untrained = any(part.kind == "training mode" for part in program.opaque)
-    modes: tuple[Mode, ...] = ("eval",) if untrained else ("eval", "train")
+    modes: tuple[Mode, ...] = ("eval",) if untrained else ("train", "eval")
     args, kwargs = program.example_args, dict(program.example_kwargs)
     if "use_cache" in program.module.interface.signature.parameters:
         kwargs.setdefault("use_cache", False)
     comparison = _Comparison(program, made, args, kwargs)
     for mode in modes:
-        gap, tolerance = comparison.gap(mode)
+        gap, tolerance = comparison.gap(mode, gradients=mode == modes[0])
         if gap.largest > tolerance:
             raise RewriteError(
                 f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
@@ -182,22 +183,25 @@ class _Comparison:
     made: nn.Module
     args: Any
     kwargs: Any
-    runs: dict[bool, Run] = field(default_factory=dict)
+    runs: dict[tuple[bool, bool], Run] = field(default_factory=dict)
 
-    def gap(self, mode: Mode) -> tuple[Difference, float]:
+    def gap(self, mode: Mode, *, gradients: bool) -> tuple[Difference, float]:
         """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
         own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
-        own = self._difference(mode, exact=False)
+        own = self._difference(mode, exact=False, gradients=gradients)
         if own.largest == 0:
             return own, 0.0
         try:
-            return self._difference(mode, exact=True), TOLERANCE
+            return self._difference(mode, exact=True, gradients=gradients), TOLERANCE
         except RuntimeError:
             return own, ROUNDING
 
-    def _difference(self, mode: Mode, *, exact: bool) -> Difference:
-        ours = self.runs.get(exact)
+    def _difference(self, mode: Mode, *, exact: bool, gradients: bool) -> Difference:
+        ours = self.runs.get((exact, gradients))
         if ours is None or ours.modal:
-            ours = run(self.program.module, self.args, self.kwargs, mode, exact=exact, by_layer=False)
-            self.runs[exact] = ours
-        return difference(ours, run(self.made, self.args, self.kwargs, mode, exact=exact, by_layer=False))
+            ours = self._run(self.program.module, mode, exact, gradients)
+            self.runs[exact, gradients] = ours
+        return difference(ours, self._run(self.made, mode, exact, gradients))
+
+    def _run(self, module: nn.Module, mode: Mode, exact: bool, gradients: bool) -> Run:
+        return run(module, self.args, self.kwargs, mode, exact=exact, gradients=gradients, by_layer=False)

@@ -247,8 +247,10 @@ def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference
         if x.shape != y.shape or x.dtype != y.dtype:
             return Difference(0, 0, 0, problem=f"an output {tuple(x.shape)} {x.dtype} against {tuple(y.shape)} {y.dtype}")
     shared = [n for n in a.gradients if n in b.gradients and (names is None or n in names)]
-    scale = max((float(g.abs().max()) for g in a.gradients.values() if g is not None and g.numel()), default=0.0)
-    errors = {n: _gradient_error(a.gradients[n], b.gradients[n], scale) for n in shared}
+    unequal = [n for n in shared if not _equal(a.gradients[n], b.gradients[n])]
+    given = (g for g in a.gradients.values() if unequal and g is not None and g.numel())
+    scale = max((float(g.abs().max()) for g in given), default=0.0)
+    errors = {n: _gradient_error(a.gradients[n], b.gradients[n], scale) for n in unequal}
     worst = max(errors, key=lambda n: errors[n], default="")
     buffers = [
         relative_error(t, b.buffers[n]) for n, t in a.buffers.items() if n in b.buffers and b.buffers[n].shape == t.shape
@@ -260,6 +262,10 @@ def difference(a: Run, b: Run, names: Sequence[str] | None = None) -> Difference
         worst,
         modal=a.modal or b.modal,
     )
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.dtype is b.dtype and torch.equal(a, b))
 
 
 def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> float:
