@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rewrite.errors import RewriteError, first_line
 
 from .paths import check_regular, is_folder, is_there, refuse_compressed
 
+LARGEST = 1 << 35
+"""How many bytes the arrays of a compressed file may unpack to."""
 SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
 
 
@@ -38,6 +41,7 @@ def read(path: Path) -> Any:
     """What a file holds: a dict of tensors, or what ``torch.save`` was given. Raises RewriteError for damage."""
     try:
         if path.suffix == ".npz":
+            _check_size(path)
             with numpy.load(path, allow_pickle=False) as archive:
                 return {name: torch.from_numpy(archive[name]) for name in archive.files}
         if path.suffix == ".safetensors":
@@ -53,6 +57,14 @@ def read(path: Path) -> Any:
             f"cannot read {path}: {first_line(error)}; save tensors, tuples and dicts of them with torch.save, "
             "numpy.savez or safetensors"
         ) from None
+
+
+def _check_size(path: Path) -> None:
+    """Raises RewriteError for a file that unpacks to more than anybody's samples."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+    if size > LARGEST:
+        raise RewriteError(f"{path} unpacks to {size >> 30} GiB: give a folder of smaller files")
 
 
 def digest_of(path: Path) -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rewrite import RewriteError
+from rewrite.sources import data_files
 from rewrite.sources.data import Call, Data, fitted
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
@@ -139,6 +140,13 @@ def test_files_that_are_none(make: Any, message: str, tmp_path: Path) -> None:
 def test_an_array_of_objects_runs_nothing(tmp_path: Path) -> None:
     numpy.savez(tmp_path / "d.npz", x=numpy.array([print], dtype=object))
     with pytest.raises(RewriteError, match="cannot read"):
+        list(Data.of(tmp_path / "d.npz"))
+
+
+def test_a_file_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy.savez_compressed(tmp_path / "d.npz", x=numpy.zeros(1 << 16))
+    monkeypatch.setattr(data_files, "LARGEST", 1 << 16)
+    with pytest.raises(RewriteError, match="unpacks to"):
         list(Data.of(tmp_path / "d.npz"))
 
 
