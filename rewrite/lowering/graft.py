@@ -11,11 +11,12 @@ from torch import nn
 
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph import meta
-from rewrite.graph.hooks import hang
+from rewrite.graph.hooks import hang, take_down
 from rewrite.graph.nodes import attribute, hint_of
 from rewrite.graph.program import LayerGraph, Program
 from rewrite.graph.tree import Places, on_meta, tied
 from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, clone, difference, run
+from rewrite.numerics.probes import light_copy
 
 from .fitting import Fit, fit, followed, joined, unplaced
 from .standing import calls_of, standing
@@ -58,15 +59,25 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     problem = next(unplaced(program, made, fitted), None)
     if problem is not None:
         raise RewriteError(f"your class cannot hold what the passes made of it: {problem}; save the program as .pt2")
-    hang(made, program.properties)
     if verify:
+        take_down(made)
         try:
-            _verify(program, made)
+            _verify(_bare(program), made)
         except (AttributeError, TypeError) as error:  # the class reads what a new layer does not have
             where = ", ".join(list(layers)[:3])
             raise RewriteError(
                 f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
             ) from error
+    hang(made, program.properties)
+    return made
+
+
+def _bare(program: Program) -> Program:
+    """The program without properties: they change no output, and what they draw at random follows the order of layers."""
+    if not program.properties:
+        return program
+    made = light_copy(program)
+    made.module.assume({})
     return made
 
 

@@ -62,6 +62,8 @@ def gradient_held(
     cosine = min((q.cosine for q in found), default=1.0)
     near = error <= contract.error_bound and cosine >= contract.cosine_bound
     bounds = f"bounds {contract.error_bound:g} and {contract.cosine_bound:g}"
+    coarse = max(found, key=lambda q: q.error, default=Quality(0, 0, 1, "")).where if not near else ""
+    bounds += f"; coarsest at {coarse}" * bool(coarse)
     yield Check(
         f"gradient{label}", near, f"relative error {error:.3g}, cosine {cosine:.4f} to the true one; {bounds}", error
     )

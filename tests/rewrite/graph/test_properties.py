@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import rewrite
 from rewrite import ESTIMATE, SAME, Contract, Pass, Program, RewriteError, VerificationError, option, plugins
 from rewrite.graph.edit import Editor
+from rewrite.graph.hooks import hung
 from rewrite.graph.properties import Property, frozen, thawed
 from rewrite.pipeline.context import Context
 from rewrite.sources.pickles import load_module
@@ -215,3 +216,11 @@ def test_a_file_with_a_property_that_is_not_installed_is_refused(
     with pytest.raises(RewriteError, match="the package that it comes from is not installed"):
         rewrite.load(file)
     torch.export.load(file)
+
+
+def test_a_model_that_is_grafted_again_is_compared_without_its_properties(program: Program) -> None:
+    model = net()
+    once = rewrite.graft(program, model)
+    again = rewrite.graft(rewrite.capture(model, (X,)), once)
+    assert all(map(torch.equal, gradients(again), gradients(model)))
+    assert not hung(again)
