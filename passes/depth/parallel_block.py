@@ -66,7 +66,7 @@ class ParallelBlock(Pass):
                 context.skip(ffn.path, reason)
             else:
                 found.append(str(ffn.layer))
-        return [_Reroute(",".join(found), self.bound), _ShareNorms(",".join(found))] if found else []
+        return [_Reroute(",".join(found), self.bound), ShareNorms(",".join(found))] if found else []
 
 
 def _numbers(layers: str) -> tuple[int, ...] | None:
@@ -115,8 +115,8 @@ class _Reroute(Pass):
 
 
 @dataclass(frozen=True)
-class _ShareNorms(Pass):
-    """Let one norm serve attention and FFN of some layers where both read one value through the same norm."""
+class ShareNorms(Pass):
+    """Let one norm serve all branches of some layers that read one value through the same norm."""
 
     name = "share-norms"
     layers: str = option("", "numbers of the layers")

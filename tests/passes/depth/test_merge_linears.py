@@ -18,7 +18,7 @@ DIM = 8
 X = torch.randn(2, 5, DIM)
 
 ROWS = [
-    Row("merge-linears", "llama", 32, compiled=True),
+    Row("merge-linears", "llama", 32),
     Row("merge-linears", "bert", 20),
     Row("merge-linears{within=module}", "vit", 20),
     Row("merge-linears", "t5", 50),
