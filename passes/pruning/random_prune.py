@@ -101,7 +101,7 @@ class RandomPrune(Pass):
     """
 
     name = "random-prune"
-    inserts = (MaskedLinear, MaskedConv1d, MaskedConv2d)
+    inserts = (MaskedLinear, MaskedTransposedLinear, MaskedConv1d, MaskedConv2d)
     sparsity: float = option(0.9, "share of the weights that are masked", at_least=0, below=1)
     ratios: Ratios = option("erk", "how the sparsity is spread over the layers: uniform, er, erk")
     seed: int = option(0, "seed of the positions", at_least=0)
