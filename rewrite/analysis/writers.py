@@ -30,6 +30,11 @@ _ALONG: dict[type[nn.Module], tuple[tuple[str, int], ...]] = {
 }
 
 
+def along(layer: object) -> tuple[tuple[str, int], ...]:
+    """The tensors of a plain layer that lie along the channels it writes, each with the axis of it that does."""
+    return _ALONG.get(type(layer), ()) if isinstance(layer, nn.Module) else ()
+
+
 @dataclass(frozen=True)
 class Written:
     """One writer of a stream: y = scale ∘ F(...), F linear in ``tensors``, each by its name and the axis that is hidden.
@@ -64,10 +69,11 @@ class Writers:
         scaled = self._scaled(node, stream.values[node])
         inner = scaled.node if scaled is not None else node
         layer: Any = self.uses.layer(inner)
-        along = _ALONG.get(type(layer))
-        if along is None or getattr(layer, "groups", 1) != 1 or getattr(layer, "max_norm", None) is not None:
+        if not along(layer) or getattr(layer, "groups", 1) != 1 or getattr(layer, "max_norm", None) is not None:
             return f"{named(node)} writes to it, which is no linear layer, embedding, convolution or parameter"
-        names = tuple((f"{inner.target}.{name}", axis) for name, axis in along if getattr(layer, name, None) is not None)
+        names = tuple(
+            (f"{inner.target}.{name}", axis) for name, axis in along(layer) if getattr(layer, name, None) is not None
+        )
         others = [n for n in self.uses.calls(str(inner.target)) if n not in stream and n is not inner]
         if others:
             return f"{inner.target}, which writes to it, is called elsewhere too"
@@ -97,7 +103,7 @@ class Writers:
             return None
         gain = next(a for a in node.args if isinstance(a, Node) and a is not data)
         between = [node]
-        while self.uses.layer(data) is None or type(self.uses.layer(data)) not in _ALONG:
+        while not along(self.uses.layer(data)):
             sources = data.all_input_nodes
             if len(data.users) != 1 or len(sources) != 1 or carried(self.program, data, sources[0], axis) != axis:
                 return None
