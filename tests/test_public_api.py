@@ -28,6 +28,7 @@ SIGNATURES = {
     "lower": ["program", "backend=", "**options"],
     "export_onnx": ["program", "path", "**options"],
     "prove": ["before", "after", "*", "contract=", "seed="],
+    "depth": ["program", "data", "*", "dependency=", "progress=", "seed="],
     "memory": ["model", "args=", "kwargs=", "*", "backend=", "seed="],
     "get_pass": ["name"],
     "pass_names": [],

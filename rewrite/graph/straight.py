@@ -90,7 +90,7 @@ def operator_of(name: str) -> Callable[..., Any]:
     if name in _OURS:
         return _OURS[name]
     operator, _, overload = name.partition(".")
-    found: Any = getattr(getattr(torch.ops.aten, operator, None), overload, None)
+    found: Any = getattr(getattr(torch.ops.aten, operator, None), overload, None) if overload else None
     first = found._schema.arguments[:1] if isinstance(found, OpOverload) else []
     if not first or found._schema.is_mutable or str(first[0].type) != "Tensor":
         raise RewriteError(f"{name[:60]!r} is no operator on a tensor that writes nothing")
