@@ -11,6 +11,7 @@ from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.streams import streams_of
+from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.nodes import attribute
 from rewrite.pipeline.centering import Centering
 from rewrite.pipeline.pass_ import Pass, option
@@ -57,6 +58,57 @@ class Center(nn.Module):
         return x - x.mean(self.axis, keepdim=True)
 
 
+def _centered(tensor: torch.Tensor, axis: int = 0) -> torch.Tensor:
+    return tensor - tensor.mean(axis, keepdim=True)
+
+
+class CenteredLinear(nn.Linear):
+    """y = x (W - mean of its rows)ᵀ + b - mean b: the mean of y is 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, _centered(self.weight), None if self.bias is None else _centered(self.bias))
+
+
+class CenteredTransposedLinear(TransposedLinear):
+    """y = x (W - mean of its columns) + b - mean b: the mean of y is 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ _centered(self.weight, 1)
+        return y if self.bias is None else y + _centered(self.bias)
+
+
+class CenteredEmbedding(nn.Embedding):
+    """y = E[i] - mean E[i]."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return _centered(super().forward(ids), -1)
+
+
+class CenteredConv2d(nn.Conv2d):
+    """The convolution with the mean over output channels taken out of weight and bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else _centered(self.bias)
+        found: torch.Tensor = self._conv_forward(x, _centered(self.weight), bias)
+        return found
+
+
+class CenteredDropout(nn.Dropout):
+    """Dropout, and the mean over the last axis taken out of what is left."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _centered(super().forward(x), -1)
+
+
+KEPT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: CenteredLinear,
+    TransposedLinear: CenteredTransposedLinear,
+    nn.Embedding: CenteredEmbedding,
+    nn.Conv2d: CenteredConv2d,
+    nn.Dropout: CenteredDropout,
+}
+
+
 @dataclass(frozen=True)
 class RMSNorm(Pass):
     """Replace LayerNorm with RMSNorm: LN(x) = RMSNorm(x - mean x), with weight, bias and eps kept.
@@ -65,18 +117,21 @@ class RMSNorm(Pass):
     b, E - mean E for output projections, patch and token embeddings, positions and class tokens. LayerScale is folded into
     its projection first; what enters the stream in another way (from a norm behind the embedding) is centered by a layer
     of its own; a tied embedding is untied from the head. The function and the gradients of all old parameters are the same.
-    Fine-tuned further, the centered weights drift apart from a LayerNorm model's.
+    Fine-tuned further, the centered weights drift apart from a LayerNorm model's. ``centering=keep`` leaves the weights as
+    they are and uses layers that center them at every call, or what leaves a dropout: training too stays that of the
+    LayerNorm model.
 
-    Refused, by name, where something reads the stream that is no LayerNorm (post-norm models), where a dropout stands on
-    the stream in training, and where what a branch writes cannot be centered. ``mode=swap`` just puts RMSNorm in LayerNorm's
-    place: another function.
+    Refused, by name, where something reads the stream that is no LayerNorm (post-norm models); with ``centering=bake`` also
+    where a dropout stands on the stream in training, and where what a branch writes cannot be centered. ``mode=swap`` just
+    puts RMSNorm in LayerNorm's place: another function.
 
     Source: Jiang et al., "Pre-RMSNorm and Pre-CRMSNorm Transformers", NeurIPS 2023 (arXiv 2305.14858), section 3.
     """
 
     name = "rmsnorm"
-    inserts = (BiasedRMSNorm, Center)
+    inserts = (BiasedRMSNorm, Center, *KEPT.values())
     mode: Literal["exact", "swap"] = option("exact", "exact: the same function; swap: the plain replacement")
+    centering: Literal["bake", "keep"] = option("bake", "bake: the weights are centered once; keep: at every call")
     where: Selector = option(Selector("*"), "norms to replace: path glob, type:, re:, !, several with |")
 
     def contract(self) -> Contract:
@@ -86,7 +141,8 @@ class RMSNorm(Pass):
     def run(self, program: Program, context: Context) -> None:
         chosen = context.choose([n for n in norms(program) if n.kind == "layer"], self.where)
         if self.mode == "exact":
-            chosen = _on_centered_streams(chosen, program, context)
+            kinds = KEPT if self.centering == "keep" else None
+            chosen = _on_centered_streams(chosen, Centering(program, context, Center, kinds), program, context)
         for norm in {n.path: n for n in chosen}.values():
             context.edit.replace_layer(norm.path, _rms(norm, program, context))
 
@@ -104,9 +160,9 @@ class RMSNorm(Pass):
         return (y if bias is None else y + bias).movedim(-1, axis)
 
 
-def _on_centered_streams(chosen: list[Norm], program: Program, context: Context) -> list[Norm]:
+def _on_centered_streams(chosen: list[Norm], centering: Centering, program: Program, context: Context) -> list[Norm]:
     """The norms whose streams can be centered, which is done; the others are skipped with the reason."""
-    centering, ready = Centering(program, context, Center), []
+    ready = []
     streams = streams_of(program, [(norm.node.all_input_nodes[0], norm.channel_axis) for norm in chosen])
     reasons = {id(stream): centering.obstacle(stream) for stream in streams}
     for stream in {id(s): s for s in streams if not reasons[id(s)]}.values():

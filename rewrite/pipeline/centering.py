@@ -6,17 +6,20 @@ Only what ignores the mean may read the stream, so the function stays the same.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.analysis.branches import branches
+from rewrite.analysis.branches import Branch, branches
 from rewrite.analysis.norms import norm_of
 from rewrite.analysis.streams import Reader, Stream
 from rewrite.analysis.writers import Writers, Written, named
+from rewrite.graph.like import like
 from rewrite.graph.nodes import attribute, module_path, tensor_value
+from rewrite.torch_private import _DropoutNd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,13 +30,25 @@ if TYPE_CHECKING:
 
 
 class Centering:
-    """Centers streams of a program; ``layer`` makes the layer that centers a value along an axis."""
+    """Centers streams of a program.
 
-    def __init__(self, program: Program, context: Context, layer: Callable[[int], nn.Module]) -> None:
+    ``layer`` makes the layer that centers a value along an axis. ``kinds`` are classes that do what a layer does with its
+    weight centered (a dropout's, with what it gives centered) at every call: with these the weights stay as they are, and
+    are trained as before. Without them the weights are centered once and for all.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        context: Context,
+        layer: Callable[[int], nn.Module],
+        kinds: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    ) -> None:
         self.program = program
         self.edit = context.edit
         self.warn = context.warn
         self.layer = layer
+        self.kinds = kinds
         self.writers = Writers(program)
 
     def obstacle(self, stream: Stream) -> str:
@@ -43,11 +58,20 @@ class Centering:
         if other is not None:
             post = "post-norm: " if any(b.stream_norms for b in found) else ""
             return f"{post}{named(other.node)} reads the stream too, and is no LayerNorm that takes its mean out"
+        if stream.torn:
+            return f"{named(stream.torn)} is reached along two axes"
+        return "" if self.kinds is not None else self._baking_obstacle(stream, found)
+
+    def _baking_obstacle(self, stream: Stream, found: Sequence[Branch]) -> str:
+        """Why a stream cannot be centered in its weights."""
         if stream.dropouts:
             node, p = stream.dropouts[0]
-            return f"{named(node)} drops single units of the stream in training (p={p:g}): set its rate to 0 first"
-        if stream.torn or stream.offsets:
-            return f"{named(stream.torn or stream.offsets[0])} adds something that cannot be centered"
+            return (
+                f"{named(node)} drops single units of the stream in training (p={p:g}): "
+                "set its rate to 0 first, or use centering=keep"
+            )
+        if stream.offsets:
+            return f"{named(stream.offsets[0])} adds something that cannot be centered; use centering=keep"
         inner = {b.writer for b in found}
         plans = {writer: self.writers.of(stream, writer) for writer in stream.writers}
         reasons = {writer: plan for writer, plan in plans.items() if isinstance(plan, str)}
@@ -65,6 +89,9 @@ class Centering:
     def center(self, stream: Stream) -> None:
         """Center all that is written: in tensors where it can be told in tensors, else by a layer behind the writer."""
         self.edit.move(list(stream.values), "the mean is taken out")
+        if self.kinds is not None:
+            self._keep(stream, self.kinds)
+            return
         done: set[int] = set()
         for writer in stream.writers:
             plan = self.writers.of(stream, writer)
@@ -73,6 +100,39 @@ class Centering:
             else:
                 self._bake(plan, done)
         self.edit.sweep()
+
+    def _keep(self, stream: Stream, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Center at every call: each writer that is read before a dropout centers it, each dropout, each offset."""
+        dropouts = [n for n in stream.values if isinstance(self.writers.uses.layer(n), _DropoutNd)]
+        read = {reader.value for reader in stream.readers}
+        open_ends = [w for w in stream.writers if self._is_read(w, stream, set(dropouts), read)]
+        by_path: dict[str, list[Node]] = {}
+        for node in [*open_ends, *dropouts, *stream.offsets]:
+            layer, axis = self.writers.uses.layer(node), stream.values[node]
+            last = tensor_value(node)
+            fits = (
+                type(layer) in kinds and last is not None and (axis == last.dim() - 1 or not isinstance(layer, nn.Dropout))
+            )
+            if fits:
+                by_path.setdefault(str(node.target), []).append(node)
+            else:
+                self._insert(node, axis)
+        for path, calls in by_path.items():
+            layer = self.program.module.get_submodule(path)
+            self.edit.replace_layer(path, like(layer, kinds[type(layer)]), calls)
+
+    def _is_read(self, writer: Node, stream: Stream, dropouts: set[Node], read: set[Node]) -> bool:
+        """Whether something reads what a writer wrote before a dropout has centered it."""
+        ahead, seen = [writer], set[Node]()
+        while ahead:
+            node = ahead.pop()
+            if node in seen or node in dropouts:
+                continue
+            if node in read:
+                return True
+            seen.add(node)
+            ahead += [user for user in node.users if user in stream]
+        return False
 
     def _bake(self, plan: Written, done: set[int]) -> None:
         if plan.scale is not None:

@@ -21,6 +21,7 @@ ROWS = [
     Row("rmsnorm", "t5", 0),
     Row("rmsnorm", "resnet18", 0),
     Row("rmsnorm{mode=swap}", "gpt2", 5),
+    Row("rmsnorm{centering=keep}", "gpt2", 11),
 ]
 DIM = 8
 
@@ -212,3 +213,36 @@ def test_gradients_stay_those_of_the_old_model_in_every_parameter_that_is_kept()
     centered = result.module.get_parameter("embed.weight").grad
     pulled = centered - centered.mean(-1, keepdim=True)
     assert torch.allclose(pulled + result.module.get_parameter("head.weight").grad, shared, atol=1e-9)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_kept_centering_trains_as_the_layer_norm_model_does(normed: bool) -> None:
+    """Five steps of AdamW in float64, dropout and a tied head included: the same parameters to 1e-9."""
+    model, ids = moved(Language(normed, p=0.25)).double(), torch.randint(11, (2, 6))
+    result, record = rewritten(model, ids, "rmsnorm{centering=keep}")
+    assert layer_norms(result) == []
+    assert record.warnings == ()
+    assert list(result.module.state_dict()) == list(model.state_dict())
+    modules = (model.train(), result.module.train())
+    for module in modules:
+        optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+        for number in range(5):
+            torch.manual_seed(number)
+            optimizer.zero_grad()
+            F.cross_entropy(module(ids).flatten(0, 1), ids.flatten()).backward()
+            optimizer.step()
+    ours, theirs = (module.state_dict() for module in modules)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-9
+
+
+KEEPING = [Vision(scaled=True), Odd("offset"), nn.Sequential(nn.Linear(4, DIM), Block(0.5), nn.LayerNorm(DIM))]
+
+
+@pytest.mark.parametrize("model", KEEPING)
+def test_kept_centering_takes_scales_offsets_and_dropouts(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 4, 4) if isinstance(model, Vision) else torch.randn(2, 5, 4)
+    result, record = rewritten(model.eval(), x, "rmsnorm{centering=keep}")
+    assert layer_norms(result) == []
+    assert torch.allclose(result.module.eval()(x), model(x), atol=1e-5)
+    assert dict(result.module.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert record.skipped == ()
