@@ -12,7 +12,17 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.layers import TransposedLinear
-from rewrite.graph.nodes import aten, attribute, call_arguments, fixed_size, module_path, module_stack, packet, tensor_value
+from rewrite.graph.nodes import (
+    aten,
+    attribute,
+    call_arguments,
+    fixed_size,
+    gives_kind_alone,
+    module_path,
+    module_stack,
+    packet,
+    tensor_value,
+)
 from rewrite.graph.program import Program
 
 Layout = Literal["out_in", "in_out"]
@@ -146,7 +156,7 @@ class Readers:
         self._program = program
         self._of: dict[int, list[tuple[Node, Rows]]] = {}
         for node in program.graph.nodes:
-            if node.op == "get_attr":
+            if node.op == "get_attr" and not gives_kind_alone(node):
                 found = attribute(program.module, str(node.target))
                 self._of.setdefault(id(found), []).extend(_ends(program, node, str(node.target)))
             elif node.op == "call_module":

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.nodes import attribute
+from rewrite.graph.nodes import attribute, gives_kind_alone
 from rewrite.graph.program import Program
 from rewrite.graph.tree import names_of_tensors
 
@@ -24,7 +24,7 @@ class Uses:
         for node in program.graph.nodes:
             if node.op == "call_module":
                 self._calls.setdefault(str(node.target), []).append(node)
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" and not gives_kind_alone(node):
                 found = attribute(program.module, str(node.target))
                 self._fetched.setdefault(id(found), []).append(node)
 
