@@ -54,6 +54,8 @@ CHECKS: Mapping[str, Check] = {
     "lowered": check_lowered,
 }
 """Every check by its name, in the order in which ``check_pass`` makes them."""
+OF_RESULTS = ("copied", "saved", "fresh", "trained", "grafted", "captured again", "lowered")
+"""Checks of what a result can do. Where nothing changed, which ``changes`` has seen, it is what the program can."""
 
 
 def check_pass(
@@ -74,8 +76,8 @@ def check_pass(
 
     ``step`` is a pass with its options, or pipeline text of one; ``model`` is a module with example inputs, a program,
     or a ``Subject``, which keeps its captures from pass to pass. ``changes`` are the module paths that the pass changes
-    there, all of them, or how many; 0 for a model without a place for it. ``near_miss`` maps the path of a place that
-    must be left alone to words of the reason. ``again`` is what a second run changes. ``data`` goes to
+    there, all of them, or how many; 0 for a model without a place for it, whose result is not tried further. ``near_miss``
+    maps the path of a place that must be left alone to words of the reason. ``again`` is what a second run changes. ``data`` goes to
     ``context.data``. Every backend in ``lowerings`` must agree with the result. ``process`` lets several calls share one
     fresh process.
 
@@ -83,7 +85,9 @@ def check_pass(
     """
     subject = model if isinstance(model, Subject) else Subject(model, args, kwargs)
     trial = Trial(_one(step), subject, changes, near_miss or {}, again, data, seed, tuple(lowerings), process)
-    return {name: _checked(name, check, trial) for name, check in CHECKS.items()}
+    made = {name: check for name, check in CHECKS.items() if changes or name not in OF_RESULTS}
+    found = {name: _checked(name, check, trial) for name, check in made.items()}
+    return {name: found.get(name, "not checked: the result is the program itself") for name in CHECKS}
 
 
 def _one(step: Pass | str) -> Pass:
