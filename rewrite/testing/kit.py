@@ -76,10 +76,10 @@ def check_pass(
 
     ``step`` is a pass with its options, or pipeline text of one; ``model`` is a module with example inputs, a program,
     or a ``Subject``, which keeps its captures from pass to pass. ``changes`` are the module paths that the pass changes
-    there, all of them, or how many; 0 for a model without a place for it, whose result is not tried further. ``near_miss``
-    maps the path of a place that must be left alone to words of the reason. ``again`` is what a second run changes. ``data`` goes to
-    ``context.data``. Every backend in ``lowerings`` must agree with the result. ``process`` lets several calls share one
-    fresh process.
+    there, all of them, or how many; 0 for a model without a place for it, whose result is not tried further.
+    ``near_miss`` maps the path of a place that must be left alone to words of the reason. ``again`` is what a second run
+    changes. ``data`` goes to ``context.data``. Every backend in ``lowerings`` must agree with the result. ``process``
+    lets several calls share one fresh process.
 
     Raises PassCheckError, an AssertionError that names the check, at the first one that fails.
     """
