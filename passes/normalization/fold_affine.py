@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,9 @@ from torch import nn
 
 from rewrite.analysis.linears import Layout, Linear, Readers, Rows, linear_of, readers
 from rewrite.analysis.norms import Norm, norms
+from rewrite.analysis.uses import Uses
+from rewrite.analysis.writers import named
 from rewrite.graph.nodes import attribute
-from rewrite.graph.tree import names_of_tensors
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import SAME, Contract
@@ -108,8 +108,7 @@ class _Readers:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.calls = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_module")
-        self.names = names_of_tensors(program.module)
+        self.uses = Uses(program)
         self.tensors = Readers(program)
 
     def linears(self, norm: Norm) -> list[Linear]:
@@ -121,20 +120,20 @@ class _Readers:
         """Why a norm cannot be folded; empty if it can."""
         if norm.channel_axis != -1 or len(norm.shape) != 1:
             return "its channels are not the last axis alone"
-        if self.calls[norm.path] > 1:
+        if len(self.uses.calls(norm.path)) > 1:
             return "it is called more than once"
         return next(filter(None, (self._reader(*pair, norm) for pair in readers(norm.node))), "")
 
     def _reader(self, reader: Node, source: Node, norm: Norm) -> str:
         linear = linear_of(self.program, reader)
         if linear is None or linear.source is not source:
-            return f"{_named(reader)} reads it, which is no linear layer"
+            return f"{named(reader)} reads it, which is no linear layer"
         folded = [*linear.weight, *(linear.bias if norm.bias is not None else ())]
         shared = next(filter(None, (self._shared(rows, reader) for rows in folded)), "")
         if shared:
-            return f"{_named(reader)}, which reads it, {shared}"
+            return f"{named(reader)}, which reads it, {shared}"
         if norm.bias is not None and not linear.bias:
-            return f"{_named(reader)}, which reads it, has no bias to take its own"
+            return f"{named(reader)}, which reads it, has no bias to take its own"
         return ""
 
     def _shared(self, rows: Rows, reader: Node) -> str:
@@ -142,16 +141,10 @@ class _Readers:
         tensor = attribute(self.program.module, rows.path)
         if not isinstance(tensor, nn.Parameter):
             return f"has {rows.path or 'a constant'} in its bias, which is no parameter"
-        other = next((name for name in self.names[id(tensor)] if name != rows.path), None)
+        other = next((name for name in self.uses.names(tensor) if name != rows.path), None)
         if other is not None:
             return f"shares its {rows.path.rpartition('.')[2]} with {other}"
         others = [node for node, _ in self.tensors.of(rows) if node is not reader]
         if not others:
             return ""
         return "is called elsewhere too" if reader.op == "call_module" else f"shares {rows.path} with {others[0].name}"
-
-
-def _named(reader: Node) -> str:
-    if reader.op == "output":
-        return "the model's output"
-    return str(reader.target) if reader.op == "call_module" else reader.name

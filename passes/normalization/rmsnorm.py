@@ -11,7 +11,7 @@ from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.streams import streams_of
-from rewrite.graph.layers import TransposedLinear
+from rewrite.graph.layers import BiasedRMSNorm, TransposedLinear
 from rewrite.graph.nodes import attribute
 from rewrite.pipeline.centering import Centering
 from rewrite.pipeline.pass_ import Pass, option
@@ -21,30 +21,6 @@ from rewrite.proof.contract import NEW, SAME, Contract
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
-
-
-class BiasedRMSNorm(nn.RMSNorm):
-    """y = (offset + weight) · x / √(mean x² + eps) + bias over the last axis, or over axis 1 for ``channel_axis`` 1.
-
-    ``weight`` and ``bias`` have shape [channels], or are None.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, norm: Norm, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
-        super().__init__(norm.shape, norm.eps, elementwise_affine=False)
-        self.weight = weight  # type: ignore[assignment]
-        self.register_parameter("bias", bias)
-        self.elementwise_affine = weight is not None
-        self.offset = norm.offset
-        self.channel_axis = norm.channel_axis
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        last = x if self.channel_axis == -1 else x.movedim(self.channel_axis, -1)
-        gain = self.weight + self.offset if self.weight is not None and self.offset else self.weight
-        y = F.rms_norm(last, self.normalized_shape, gain, self.eps)
-        y = y if self.bias is None else y + self.bias
-        return y if self.channel_axis == -1 else y.movedim(-1, self.channel_axis)
 
 
 class Center(nn.Module):
@@ -182,7 +158,7 @@ def _rms(norm: Norm, program: Program, context: Context) -> nn.Module:
         made = nn.RMSNorm(norm.shape, norm.eps, elementwise_affine=False)
         made.weight, made.elementwise_affine = weight, weight is not None  # type: ignore[assignment]
         return made
-    return BiasedRMSNorm(norm, weight, bias)
+    return BiasedRMSNorm(norm.shape, norm.eps, weight, bias, norm.channel_axis, norm.offset)
 
 
 def _names(norm: Norm) -> tuple[tuple[str | None, str], ...]:

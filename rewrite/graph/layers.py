@@ -71,19 +71,35 @@ class TransposedLinear(nn.Module):
 
 
 class BiasedRMSNorm(nn.RMSNorm):
-    """y = weight · x / √(mean x² + eps) + bias over the last axes, ``normalized_shape``."""
+    """y = (offset + weight) · x / √(mean x² + eps) + bias over the last axes, or over axis 1 for ``channel_axis`` 1.
 
-    bias: nn.Parameter
+    ``weight`` and ``bias`` have shape ``normalized_shape``, or are None.
+    """
+
+    bias: nn.Parameter | None
 
     def __init__(
-        self, normalized_shape: tuple[int, ...], eps: float | None, weight: nn.Parameter | None, bias: nn.Parameter
+        self,
+        normalized_shape: tuple[int, ...],
+        eps: float | None,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        channel_axis: int = -1,
+        offset: float = 0.0,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine=False)
         self.weight = weight  # type: ignore[assignment]
-        self.bias = bias
+        self.register_parameter("bias", bias)
+        self.elementwise_affine = weight is not None
+        self.offset = offset
+        self.channel_axis = channel_axis
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.bias
+        last = x if self.channel_axis == -1 else x.movedim(self.channel_axis, -1)
+        gain = self.weight + self.offset if self.weight is not None and self.offset else self.weight
+        y = nn.functional.rms_norm(last, self.normalized_shape, gain, self.eps)
+        y = y if self.bias is None else y + self.bias
+        return y if self.channel_axis == -1 else y.movedim(-1, self.channel_axis)
 
 
 class ModalOperator(nn.Module):

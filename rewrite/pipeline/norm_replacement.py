@@ -97,4 +97,4 @@ def _rms_norm(new: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     axes = tuple(range(-len(new.normalized_shape), 0))
     y = x / (x.square().mean(axes, keepdim=True) + eps).sqrt()
     y = y * new.weight if new.weight is not None else y
-    return y + new.bias if isinstance(new, BiasedRMSNorm) else y
+    return y if not isinstance(new, BiasedRMSNorm) or new.bias is None else y + new.bias
