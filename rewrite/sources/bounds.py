@@ -55,7 +55,7 @@ def _tensors(path: Path) -> int:
                 found = json.loads(file.read(length)) if length <= path.stat().st_size else {}
                 return len(found)
             return len(zipfile.ZipFile(file).namelist())
-    except (OSError, ValueError, RecursionError, struct.error, zipfile.BadZipFile):
+    except (OSError, ValueError, RecursionError, NotImplementedError, struct.error, zipfile.BadZipFile):
         raise RewriteError(f"the weights in {path} are damaged or cut short") from None
 
 

@@ -63,6 +63,13 @@ def test_a_compressed_model_is_refused_before_it_grows(oracle: Oracle, tmp_path:
     judged(oracle, tmp_path, "show", "m.pt", "--inputs", "2x2")
 
 
+def test_an_entry_whose_name_is_no_text_is_refused(oracle: Oracle, tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
+    found = (tmp_path / "m.pt").read_bytes()
+    (tmp_path / "m.pt").write_bytes(found.replace(b"/data/0", b"/data/\xcc"))
+    judged(oracle, tmp_path, "show", "m.pt", "--inputs", "2x2")
+
+
 def test_compressed_weights_are_refused_before_they_grow(oracle: Oracle, tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
     bomb(tmp_path / "w.pt")
