@@ -83,13 +83,13 @@ def mutated_json(draw: Draw, value: Json) -> Json:
         holder, key = draw(st.sampled_from(_places(value) or [([None], 0)]))
         kind = draw(st.sampled_from(["odd", "odd", "near", "drop", "double", "rename"]))
         if kind == "odd":
-            holder[key] = draw(st.sampled_from(ODD))
+            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD)))  # or what is put into it later is put into all
         elif kind == "near":
             holder[key] = _near(draw, holder[key])
         elif kind == "drop":
             holder.pop(key)
         elif kind == "double" and isinstance(holder, list):
-            holder.insert(key, holder[key])
+            holder.insert(key, copy.deepcopy(holder[key]))
         elif isinstance(holder, dict):
             holder[draw(st.sampled_from(NAMES))] = holder.pop(key)
     return value
