@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,12 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         return _run_steps(program, step, settings)
     settings.listener(f"running {step.text}")
     began = time.perf_counter()
-    result = program.clone(share=settings.share)
-    with ReadOnly(tensors_of(program.module)) if settings.share else nullcontext():
-        context = edited(result, step, settings)
+    if settings.share:
+        result = program.clone(share=True)
+        with ReadOnly(tensors_of(program.module)):
+            context = edited(result, step, settings)
+    else:
+        result, context = _on_copy(program, step, settings)
     seconds = time.perf_counter() - began
     if not differs(program, result):
         context.edit.changes.clear()
@@ -101,7 +103,7 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
     result = replace(result, history=(*program.history, record))
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, settings)
-    return result
+    return result if settings.share else result.clone()
 
 
 def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
@@ -157,14 +159,20 @@ def edited(program: Program, step: Pass, settings: Settings) -> Context:
 
 
 def rewritten(program: Program, *, step: Pass, settings: Settings) -> tuple[Program, Sequence[Change]]:
-    """A copy of ``program`` after a pass, and the edits; it shares the memory that the pass does not write into."""
+    """A copy of ``program`` after a pass, and the edits."""
+    result, context = _on_copy(program, step, settings)
+    return result, context.edit.changes
+
+
+def _on_copy(program: Program, step: Pass, settings: Settings) -> tuple[Program, Context]:
+    """A pass run on a copy that shares the memory of the parameters; on a full copy where it writes into that."""
     try:
         with ReadOnly(program.module.parameters()):
             result = light_copy(program)
-            return result, edited(result, step, settings).edit.changes
+            return result, edited(result, step, settings)
     except WrittenInPlaceError:
         result = program.clone()
-        return result, edited(result, step, settings).edit.changes
+        return result, edited(result, step, settings)
 
 
 def digest(data: Any) -> str | None:

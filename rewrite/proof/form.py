@@ -317,10 +317,13 @@ def _gradients(
 
 
 def projection(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Normal numbers of the shape, dtype and device of a tensor, the same for the same seed and shape."""
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-    return wide.to(like.device, like.dtype)
+    """Normal numbers of the shape, dtype and device of a tensor, the same for the same seed and shape; not to be changed."""
+    return _normal(tuple(like.shape), seed).to(like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=4)  # both forms of a part, and the parts like it, ask for the same ones
+def _normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _last_uses(nodes: Sequence[Node], outputs: Sequence[Node]) -> dict[Node, list[Node]]:

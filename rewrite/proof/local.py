@@ -51,7 +51,7 @@ class LocalProof:
         self._withdraw([(old, new) for new, old in self.claims.partner.items() if new.name in self.moved])
         origin = World.of(self.before.module)
         self.worlds = (origin, World.of(self.after.module, self.maps, origin))
-        self.inputs = dict(variants(self.before, self.seed))
+        self.tape = Tape(self.before, dict(variants(self.before, self.seed)), self.seed)
 
     def held(self) -> Iterator[Held]:
         """Every cut, held: the first of each class in every way, the others on the example alone."""
@@ -59,9 +59,9 @@ class LocalProof:
         kinds = {id(cut): signature(cut, self.before.module, self.after.module) for cut in cuts}
         first = set() if not self.probed else {id(cut) for cut in {kinds[id(cut)]: cut for cut in reversed(cuts)}.values()}
         probed = [cut for cut in cuts if id(cut) in first]
-        tape = Tape(self.before, self.inputs, _borders(cuts), _borders(probed), self.seed)
+        self.tape.keep(_borders(cuts), _borders(probed))
         for cut in cuts:
-            yield self._hold(cut, tape, first=id(cut) in first)
+            yield self._hold(cut, first=id(cut) in first)
 
     def grown(self) -> list[Cut]:
         """The cuts, grown until each holds at the recorded values of the example, or cannot grow any more."""
@@ -69,16 +69,16 @@ class LocalProof:
         for growth in range(_ROUNDS):
             cuts = Cutter(self.claims).cuts()
             untried = [cut for cut in cuts if cut.outputs not in passed]
-            tape = Tape(self.before, self.inputs, _borders(untried), frozenset(), self.seed)
-            failing = [cut for cut in untried if not self._holds_recorded(cut, tape)]
+            self.tape.keep(_borders(cuts))
+            failing = [cut for cut in untried if not self._holds_recorded(cut)]
             passed |= {cut.outputs for cut in untried if cut not in failing}
             if not self._grow(failing, 2**growth):
                 return cuts
         return Cutter(self.claims).cuts()
 
-    def _holds_recorded(self, cut: Cut, tape: Tape) -> bool:
+    def _holds_recorded(self, cut: Cut) -> bool:
         """Whether a cut holds where it stands, with the weights as they are and with others: ones and zeros hide much."""
-        values = tape.values(cut.old_border, EXAMPLE, training=False)
+        values = self.tape.values(cut.old_border, EXAMPLE, training=False)
         assert values is not None
         forms = Forms.of(self.worlds, cut)
         settings = (Setting(gradients=False, moved=moved, seed=self.seed) for moved in (0.0, 0.3))
@@ -101,11 +101,11 @@ class LocalProof:
         if pairs:
             self.claims.settle()
 
-    def _hold(self, cut: Cut, tape: Tape, *, first: bool) -> Held:
+    def _hold(self, cut: Cut, *, first: bool) -> Held:
         plain = Setting(gradients=self.gradients, seed=self.seed)
         modes = (False, True) if self.training else (False,)
         forms = Forms.of(self.worlds, cut)
-        return hold(forms, trials(forms, cut.old_border, tape, plain, modes, first=first))
+        return hold(forms, trials(forms, cut.old_border, self.tape, plain, modes, first=first))
 
 
 def _borders(cuts: Iterable[Cut]) -> frozenset[Node]:

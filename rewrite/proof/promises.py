@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.fx import Node
 
 from rewrite.graph.history import Check
 from rewrite.graph.maps import ParameterMap
 from rewrite.graph.program import Program
 
-from .claims import Claims
+from .claims import Claims, is_tensor
 from .classes import signature
 from .contract import CLOSE, ESTIMATE, NEW, SAME, Contract, NoFormulaError, Promising
 from .cuts import Cut, Cutter
@@ -50,15 +51,14 @@ class Rewritten:
         return (False,) if self.contract.evaluation_only else (False, True)
 
 
-def kept_promises(rewritten: Rewritten, label: str = "") -> Iterator[Check]:
+def kept_promises(parts: Parts, label: str = "") -> Iterator[Check]:
     """The checks of a contract: a promise without a check is refused."""
-    contract = rewritten.contract
+    contract = parts.given.contract
     if contract.forward is SAME:
-        yield same(rewritten, label)
+        yield same(parts.given, label)
         if contract.backward is ESTIMATE:
-            yield from estimate(rewritten, label)
+            yield from estimate(parts, label)
         return
-    parts = Parts(rewritten)
     yield formula(parts, label)
     if contract.forward is not NEW:
         yield close(parts, label)
@@ -84,13 +84,22 @@ def same(rewritten: Rewritten, label: str = "") -> Check:
 class Parts:
     """The parts in which two programs differ, not grown, each to be held against a formula."""
 
-    def __init__(self, rewritten: Rewritten) -> None:
+    def __init__(self, rewritten: Rewritten, like: Parts | None = None) -> None:
+        """``like``: the parts of another program, before and after the same pass, at whose values formulas may be held."""
         self.given = rewritten
-        self.claims = Claims.of(rewritten.before, rewritten.after)
-        self.cuts = Cutter(self.claims).cuts()
+        self.like = like
         origin = World.of(rewritten.before.module)
         self.worlds = (origin, World.of(rewritten.after.module, rewritten.maps, origin))
-        self.inputs = dict(variants(rewritten.before, rewritten.seed))
+
+    @functools.cached_property
+    def claims(self) -> Claims:
+        """Which values of the two programs are claimed to be the same."""
+        return Claims.of(self.given.before, self.given.after)
+
+    @functools.cached_property
+    def cuts(self) -> list[Cut]:
+        """The parts."""
+        return Cutter(self.claims).cuts()
 
     @functools.cached_property
     def firsts(self) -> list[Cut]:
@@ -106,16 +115,26 @@ class Parts:
         return all(old is not None and (old, node) not in self.claims.tests for old, node in pairs)
 
     @functools.cached_property
+    def ends(self) -> tuple[list[Node], list[Node]]:
+        """The values that both programs return, floating tensors where both have them."""
+        pairs = [(old, new) for old, new in self.claims.final() if is_tensor(old) and is_tensor(new)]
+        return [old for old, _ in pairs], [new for _, new in pairs]
+
+    @functools.cached_property
     def after_tape(self) -> Tape:
-        """Values of the program after, where its parts begin."""
+        """Values of the program after, where its parts begin and at its end."""
+        inputs = dict(variants(self.given.before, self.given.seed))
+        tape = Tape(self.given.after, inputs, self.given.seed, self.like.after_tape if self.like else None)
         nodes, probed = ([n for cut in cuts for n in cut.new_border] for cuts in (self.cuts, self.firsts))
-        return Tape(self.given.after, self.inputs, nodes, probed, self.given.seed)
+        tape.keep(nodes if self.like else [*nodes, *self.ends[1]], probed)
+        return tape
 
     @functools.cached_property
     def before_tape(self) -> Tape:
-        """Values of the program before, where its parts begin, on the example."""
-        nodes = [n for cut in self.cuts for n in cut.old_border]
-        return Tape(self.given.before, self.inputs, nodes, (), self.given.seed)
+        """Values of the program before, where its parts begin and at its end."""
+        tape = Tape(self.given.before, dict(variants(self.given.before, self.given.seed)), self.given.seed)
+        tape.keep([*(n for cut in self.cuts for n in cut.old_border), *self.ends[0]])
+        return tape
 
 
 def formula(parts: Parts, label: str = "") -> Check:
@@ -142,16 +161,36 @@ def _by_formula(parts: Parts, cut: Cut) -> Held:
 
 def close(parts: Parts, label: str = "") -> Check:
     """No part is further from its old form than the bound, at the values that flow into it."""
-    bound, worst, where = parts.given.contract.error_bound, 0.0, ""
-    for cut in parts.cuts:
-        error = _site_error(parts, cut)
-        if error > worst:
-            worst, where = error, cut.name
+    bound = parts.given.contract.error_bound
+    worst, where = site_error(parts)
     detail = f"{worst:.3g} (relative, root mean square{f', worst at {where}' if where else ''}; bound {bound:g})"
     return Check(f"close{label}", worst <= bound, detail, worst)
 
 
-def _site_error(parts: Parts, cut: Cut) -> float:
+def reported(parts: Parts) -> Iterator[Check]:
+    """What training has to make good: the output error on the example inputs, and the worst site's."""
+    old, new = (
+        tape.values(nodes, EXAMPLE, training=False) or []
+        for tape, nodes in zip((parts.before_tape, parts.after_tape), parts.ends, strict=True)
+    )
+    error = max((_rms_error(a, b) for a, b in zip(old, new, strict=True) if a.shape == b.shape), default=0.0)
+    yield Check("output error", True, "relative, root mean square, at the example inputs", error)
+    error, where = site_error(parts)
+    if where:
+        yield Check("site error", True, f"relative, worst at {where}", error)
+
+
+def site_error(parts: Parts) -> tuple[float, str]:
+    """The largest error of a part against its old form, at the values that flow into that, and where it is."""
+    worst, where = 0.0, ""
+    for cut in parts.cuts:
+        error = _error_of(parts, cut)
+        if error > worst:
+            worst, where = error, cut.name
+    return worst, where
+
+
+def _error_of(parts: Parts, cut: Cut) -> float:
     forms = Forms.of(parts.worlds, cut)
     values = parts.before_tape.values(cut.old_border, EXAMPLE, training=False)
     assert values is not None
@@ -166,13 +205,12 @@ def _rms_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt()) / scale if scale else float(not torch.equal(a, b))
 
 
-def estimate(rewritten: Rewritten, label: str = "") -> Iterator[Check]:
+def estimate(parts: Parts, label: str = "") -> Iterator[Check]:
     """The forward bit for bit; the gradient by the method's formula, and near enough to the true one."""
-    parts = Parts(rewritten)
     if not parts.cuts:
         return  # what a property of the whole program does is held by itself
     yield summed(f"bit for bit{label}", map(functools.partial(_bitwise, parts), parts.cuts), "outputs in the own dtype")
-    yield from gradient_held(parts.cuts, parts.worlds, parts.before_tape, rewritten, label)
+    yield from gradient_held(parts.cuts, parts.worlds, parts.before_tape, parts.given, label)
 
 
 def _bitwise(parts: Parts, cut: Cut) -> Held:

@@ -13,10 +13,9 @@ from rewrite.graph.tree import on_meta
 from rewrite.numerics.probes import perturbed
 
 from .contract import CLOSE, NEW, Promising
-from .figures import reported
 from .frame import differs, frame
 from .kept import structure
-from .promises import Rewritten, kept_promises
+from .promises import Parts, Rewritten, kept_promises, reported
 from .properties import properties_held
 
 
@@ -54,15 +53,17 @@ def _values(claim: Claim) -> Iterator[Check]:
         return
     contract = claim.step.contract()
     yield _deterministic(claim)
-    first = list(kept_promises(_rewritten(claim, claim.before, claim.after, claim.changes)))
+    parts = Parts(_rewritten(claim, claim.before, claim.after, claim.changes))
+    first = list(kept_promises(parts))
+    figures = list(reported(parts)) if contract.forward in (CLOSE, NEW) else []
     yield from first
     yield from properties_held(claim.before, claim.after, contract, claim.seed)
     if all(check.passed for check in first):
         probe = perturbed(claim.before, claim.seed)
         after, changes = claim.rerun(probe)
-        yield from kept_promises(_rewritten(claim, probe, after, changes, probed=False), " with other weights")
-    if contract.forward in (CLOSE, NEW):
-        yield from reported(claim.before, claim.after, claim.changes, claim.seed)
+        again = Parts(_rewritten(claim, probe, after, changes, probed=False), parts)
+        yield from kept_promises(again, " with other weights")
+    yield from figures
 
 
 def _rewritten(
