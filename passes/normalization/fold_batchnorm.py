@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from rewrite.analysis.sites import Site, sites
 from rewrite.analysis.uses import Uses
 from rewrite.analysis.writers import along, named
 from rewrite.graph.nodes import aten, packet
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
     from rewrite.pipeline.context import Context
 
 _MOVES = (aten.reshape, aten.flatten, aten.transpose, aten.permute, aten.contiguous, aten.clone)
-
-
-class Site(NamedTuple):
-    node: Node
-    path: str
-    types: tuple[str, ...]
-    layer: Any
 
 
 class Place(NamedTuple):
@@ -61,13 +55,8 @@ class FoldBatchNorm(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         uses = Uses(program)
-        sites = [
-            Site(node, str(node.target), (type(layer).__name__,), layer)
-            for node, layer in program.layers()
-            if isinstance(layer, _BatchNorm)
-        ]
         folded = 0
-        for site in context.choose(sites, self.where):
+        for site in context.choose(sites(program, _BatchNorm), self.where):
             found = _place(site, uses)
             if isinstance(found, str):
                 context.skip(site.path, found)

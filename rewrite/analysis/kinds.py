@@ -46,7 +46,7 @@ def parts_of(program: Program, nodes: Sequence[Node], norms: Collection[Node]) -
     """What ``nodes`` (in execution order) are made of; ``norms`` are those of them that stand at their ends."""
     projections = tuple(n for n in nodes if is_projection(program, n))
     spatial = tuple(n for n in nodes if _is_layer(program, n, _CONVOLUTIONS) and n not in projections)
-    acts = tuple(n for n in nodes if _is_layer(program, n, (*_ACTIVATIONS, SpelledActivation)))
+    acts = tuple(n for n in nodes if is_activation(program, n))
     inside = set(nodes)
     products = [operands for n in nodes if (operands := _mixed(program, n))]
     if products:
@@ -73,6 +73,11 @@ def is_projection(program: Program, node: Node) -> bool:
         return all(k == 1 for k in layer.kernel_size) and layer.groups == 1
     given = [a for a in node.args if isinstance(a, Node)]
     return packet(node) in (aten.addmm, aten.mm, aten.matmul, aten.linear) and any(a.op == "get_attr" for a in given)
+
+
+def is_activation(program: Program, node: Node) -> bool:
+    """Whether a node calls an activation function, spelled out or not."""
+    return _is_layer(program, node, (*_ACTIVATIONS, SpelledActivation))
 
 
 def is_norm(program: Program, node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Layers that stand in place of norms: an element-wise function with the norm's weight and bias behind it."""
+"""Layers that stand in place of norms: a function with the norm's weight and bias behind it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 from .norms import Norm
 
 
-class PointwiseLayer(nn.Module):
-    """y = weight * f(x) + bias, element by element, for an f with trained numbers of its own.
+class AffineLayer(nn.Module):
+    """y = weight * f(x) + bias, for an f with trained numbers of its own.
 
     ``weight`` and ``bias`` have the norm's ``normalized_shape`` (or are None) and stand along the last axes of x, or
     along ``channel_axis`` 1 of a channels-first map [N, C, ...]. ``eps`` is the replaced norm's, unused, for code that
@@ -47,6 +47,10 @@ class PointwiseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, channel_axis={self.channel_axis}"
+
+
+class PointwiseLayer(AffineLayer):
+    """y = weight * f(x) + bias, element by element."""
 
 
 Place = tuple[tuple[int, ...], int, float | None]

@@ -18,8 +18,10 @@ from rewrite.analysis.norms import norm_of
 from rewrite.analysis.streams import Reader, Stream
 from rewrite.analysis.writers import Writers, Written, named
 from rewrite.graph.like import like
-from rewrite.graph.nodes import attribute, module_path, tensor_value
+from rewrite.graph.nodes import attribute, tensor_value
 from rewrite.torch_private import _DropoutNd
+
+from .inserting import insert_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +98,7 @@ class Centering:
         for writer in stream.writers:
             plan = self.writers.of(stream, writer)
             if isinstance(plan, str):
-                self._insert(writer, stream.values[writer])
+                insert_behind(self.edit, writer, "center", self.layer(stream.values[writer]))
             else:
                 self._bake(plan, done)
         self.edit.sweep()
@@ -116,7 +118,7 @@ class Centering:
             if fits:
                 by_path.setdefault(str(node.target), []).append(node)
             else:
-                self._insert(node, axis)
+                insert_behind(self.edit, node, "center", self.layer(axis))
         for path, calls in by_path.items():
             layer = self.program.module.get_submodule(path)
             self.edit.replace_layer(path, like(layer, kinds[type(layer)]), calls)
@@ -149,17 +151,6 @@ class Centering:
             done.add(id(attribute(self.program.module, path)))
         if plan.scale is not None:
             self.edit.remove_unused([plan.scale], named(plan.node), "LayerScale folded")
-
-    def _insert(self, writer: Node, axis: int) -> None:
-        base = f"{writer.target}_center" if writer.op == "call_module" else f"{module_path(writer)}.center".lstrip(".")
-        path, number = base, 1
-        while attribute(self.program.module, path) is not None:
-            path, number = f"{base}_{number}", number + 1
-        after = writer
-        while after.op == "placeholder" and after.next.op == "placeholder":
-            after = after.next
-        made = self.edit.insert_layer(path, self.layer(axis), [writer], after=after)
-        self.edit.rewire(writer, made, users=lambda user: user is not made)
 
 
 def _centered(tensor: torch.Tensor, gain: torch.Tensor | None = None, *, axis: int) -> torch.Tensor:

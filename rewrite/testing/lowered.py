@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
 from rewrite.graph.program import Program
+from rewrite.lowering.fitting import fit
 from rewrite.lowering.graft import graft
 from rewrite.lowering.lower import lower
 from rewrite.numerics.compare import relative_error, verify
@@ -57,9 +59,10 @@ def check_captured_again(trial: Trial) -> str:
     compared = verify(trial.result, again)
     if not compared.same:
         raise fail("captured again", f"it is another function: {compared}")
-    if {*again.module.state_dict()} != {*trial.result.module.state_dict()}:
+    renamed = fit(trial.result, trial.subject.model).renamed if trial.subject.model is not None else str
+    if {*again.module.state_dict()} != {renamed(name) for name in trial.result.module.state_dict()}:
         raise fail("captured again", "its state_dict has other keys")
-    _same_layers(trial, again)
+    _same_layers(trial, again, renamed)
     try:
         left = changed_paths(trial.run(again))
     except RewriteError as error:
@@ -72,14 +75,20 @@ def check_captured_again(trial: Trial) -> str:
     return f"the same function{', bit for bit' if compared.bitwise else ''}, {len(left) or 'nothing'} left to change"
 
 
-def _same_layers(trial: Trial, again: Program) -> None:
-    """The layers that the pass put in are layers again: those of torch.nn, and its own, if it says which these are."""
+def _same_layers(trial: Trial, again: Program, renamed: Callable[[str], str]) -> None:
+    """The layers that the pass put in are layers again: those of torch.nn, and its own, if it says which these are.
+
+    ``renamed`` gives the name in the user's class of a tensor of the program.
+    """
     found = {str(node.target): type(layer) for node, layer in again.layers()}
     for node, layer in trial.result.layers():
         path, kind = str(node.target), type(layer)
-        if path not in trial.paths or kind.__module__.startswith("rewrite.graph.") or found.get(path) is kind:
+        place = renamed(f"{path}.any").removesuffix(".any")
+        if path not in trial.paths or kind.__module__.startswith("rewrite.graph.") or found.get(place) is kind:
             continue
-        seen = found[path].__name__ if path in found else "no layer"
+        if kind is nn.Identity:
+            continue  # a capture has no node for what computes nothing
+        seen = found[place].__name__ if place in found else "no layer"
         own = not kind.__module__.startswith("torch.nn.") and kind not in trial.step.inserts
         hint = f"; announce it: {type(trial.step).__name__}.inserts = ({kind.__name__},)" if own else ""
         raise fail("captured again", f"{path} is a {kind.__name__} and is seen as {seen}{hint}")

@@ -450,6 +450,23 @@ class BatchNormTwice(nn.Module):
 
 
 @stress(images)
+class ResidualConvolutions(nn.Module):
+    """A residual block of convolutions, BatchNorms and activations, as residual networks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = (nn.Conv2d(DIM, DIM, 3, padding=1, bias=False) for _ in range(3))
+        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(DIM) for _ in range(3))
+        self.act0, self.act1, self.act2 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.head = nn.Linear(DIM, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act0(self.bn0(self.stem(x)))
+        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.head(self.act2(x + y).mean((2, 3)))
+
+
+@stress(images)
 class BatchNormCumulative(nn.Module):
     """`momentum=None` divides by the number of batches seen, a float read from a buffer: export fails."""
 
