@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
@@ -16,11 +19,13 @@ from rewrite.frontend.capture import capture
 from rewrite.graph.edit import Change, Editor
 from rewrite.graph.history import Record, Site, Verification
 from rewrite.graph.program import Program, tensors_of
-from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError
+from rewrite.numerics.compare import same_bytes
+from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError, fingerprint
 from rewrite.numerics.probes import light_copy
 from rewrite.proof.frame import differs
 from rewrite.proof.prove import Claim, proof_of
 from rewrite.sources.data import Data
+from rewrite.torch_private import pytree
 
 from .context import Context
 from .crash import VerificationError
@@ -72,20 +77,20 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         return _run_steps(program, step, settings)
     settings.listener(f"running {step.text}")
     began = time.perf_counter()
-    if settings.share:
-        result = program.clone(share=True)
-        with ReadOnly(tensors_of(program.module)):
-            context = edited(result, step, settings)
-    else:
-        result, context = _on_copy(program, step, settings)
+    given = fingerprint(_tensors(program))
+    result, context, own = _run(program, step, settings)
     seconds = time.perf_counter() - began
     if not differs(program, result):
         context.edit.changes.clear()
     verification: Verification | None = None
     if settings.verify:
         settings.listener(f"verifying {step.text}")
-        rerun = functools.partial(rewritten, step=step, settings=settings)
+        rerun = functools.partial(rewritten, step=step, settings=settings, writes=own is None)
         verification = proof_of(Claim(program, result, context.edit.changes, step, settings.seed, rerun))
+    if fingerprint(_tensors(program)) != given:
+        raise RewriteError(
+            f"pass {step.text} wrote into the tensors of the program that it was given, which are spoiled now"
+        )
     record = Record(
         step.name,
         step.text,
@@ -103,7 +108,9 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
     result = replace(result, history=(*program.history, record))
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, settings)
-    return result if settings.share else result.clone()
+    for parameter, data in own or ():
+        parameter.data = data
+    return result
 
 
 def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
@@ -158,21 +165,47 @@ def edited(program: Program, step: Pass, settings: Settings) -> Context:
     return context
 
 
-def rewritten(program: Program, *, step: Pass, settings: Settings) -> tuple[Program, Sequence[Change]]:
-    """A copy of ``program`` after a pass, and the edits."""
-    result, context = _on_copy(program, step, settings)
-    return result, context.edit.changes
+_Own = list[tuple[nn.Parameter, torch.Tensor]]
 
 
-def _on_copy(program: Program, step: Pass, settings: Settings) -> tuple[Program, Context]:
-    """A pass run on a copy that shares the memory of the parameters; on a full copy where it writes into that."""
-    try:
-        with ReadOnly(program.module.parameters()):
+def _run(program: Program, step: Pass, settings: Settings) -> tuple[Program, Context, _Own | None]:
+    """A pass run on a copy of ``program``, and the memory that its parameters are to have in the end; None where the pass
+    wrote into parameters.
+
+    The copy has its own memory while the pass runs, for that may write there by any means. Parameters that stayed as they
+    were look into the program's memory until they are proven: nothing is compared with itself.
+    """
+    if settings.share:
+        result = program.clone(share=True)
+        with ReadOnly(tensors_of(program.module)):
+            return result, edited(result, step, settings), []
+    copies: dict[int, Any] = {}
+    result = replace(program, module=copy.deepcopy(program.module, copies))
+    context = edited(result, step, settings)
+    pairs = [(p, copies[id(p)]) for p in program.module.parameters() if type(p) is nn.Parameter]
+    if not all(same_bytes(old, new) for old, new in pairs):
+        return result, context, None
+    own = [(new, new.data) for _, new in pairs]
+    for old, new in pairs:
+        new.data = old.detach()
+    return result, context, own
+
+
+def rewritten(program: Program, *, step: Pass, settings: Settings, writes: bool = False) -> tuple[Program, Sequence[Change]]:
+    """A copy of ``program`` after a pass, and the edits; it shares the parameters' memory unless the pass ``writes``."""
+    if not writes:
+        with contextlib.suppress(WrittenInPlaceError), ReadOnly(program.module.parameters()):
             result = light_copy(program)
-            return result, edited(result, step, settings)
-    except WrittenInPlaceError:
-        result = program.clone()
-        return result, edited(result, step, settings)
+            return result, edited(result, step, settings).edit.changes
+    result = program.clone()
+    return result, edited(result, step, settings).edit.changes
+
+
+def _tensors(program: Program) -> Iterator[torch.Tensor]:
+    """Every tensor of a program, its example inputs with them."""
+    yield from tensors_of(program.module)
+    examples = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+    yield from (value for value in examples if isinstance(value, torch.Tensor))
 
 
 def digest(data: Any) -> str | None:
