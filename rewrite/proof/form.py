@@ -309,7 +309,8 @@ def _gradients(
     loss: Any = 0.0
     for i, output in enumerate(outputs):
         if output.requires_grad:
-            loss = loss + (output * projection(output, setting.seed + i)).sum()
+            real = torch.view_as_real(output) if output.is_complex() else output
+            loss = loss + (real * projection(real, setting.seed + i)).sum()
     if not isinstance(loss, torch.Tensor) or not sources:
         return dict.fromkeys(sources)
     found = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
