@@ -27,6 +27,8 @@ Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 TOLERANCE = 1e-10
 """The largest relative error, in exact arithmetic, of what is called the same."""
+EXTREME = 6e4
+"""Values from here on are compared apart where all others are a thousand times smaller: float16 masks with -65504."""
 FLOOR = 1e-3
 """A gradient counts relative to its own size, or to this share of the largest gradient where that is more."""
 
@@ -279,7 +281,10 @@ def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max|a - b| / max|a|; infinities and NaNs must stand at the same places."""
+    """max|a - b| / max|a|; infinities and NaNs must stand at the same places.
+
+    Extreme values, such as a mask's ``finfo.min``, are compared apart: beside them every other error would be nothing.
+    """
     if a.shape != b.shape:
         return float("inf")
     if a.numel() == 0 or (a.dtype is b.dtype and torch.equal(a, b)):
@@ -288,16 +293,22 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0 if torch.equal(a, b) else float("inf")
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.detach().to(wide), b.detach().to(wide)
-    scale, gap = float(a.abs().max()), float((a - b).abs().max())
-    if not math.isfinite(gap):
-        finite = torch.isfinite(a)
+    finite = torch.isfinite(a)
+    if not bool(finite.all()):
         if not torch.equal(finite, torch.isfinite(b)):
             return float("inf")
         if not a.is_complex() and not torch.equal(_infinities(a), _infinities(b)):
             return float("inf")
         a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
-        scale, gap = float(a.abs().max()), float((a - b).abs().max())
-    return gap if scale == 0 else gap / scale
+    size, gap = a.abs(), (a - b).abs()
+    if not bool(torch.isfinite(gap).all()):
+        return float("inf")
+    extreme = size >= EXTREME
+    scale, rest = float(size.max()), float(torch.where(extreme, 0, size).max())
+    if scale >= EXTREME and rest < EXTREME / 1000:
+        apart = float(torch.where(extreme, 0, gap).max()) / (rest or 1.0)
+        return max(float(torch.where(extreme, gap, 0).max()) / scale, apart)
+    return float(gap.max()) if scale == 0 else float(gap.max()) / scale
 
 
 def _infinities(value: torch.Tensor) -> torch.Tensor:

@@ -15,36 +15,57 @@ from .judge import Gap
 
 @dataclass(frozen=True)
 class Held:
-    """One part, how often it was tried, the largest error, and the first failure, if any: in which trial, and what."""
+    """One part, the names of what it was tried on, the largest error, and the first failure, if any: where, and what.
+
+    ``unrun``: inputs that the program itself does not run on. ``silent``: dropouts of other sizes were run at rate 0.
+    """
 
     cut: Cut
-    trials: int
+    recorded: tuple[str, ...]
+    probes: int
     worst: float
     failure: tuple[str, Gap] | None = None
     silent: bool = False
+    unrun: tuple[str, ...] = ()
 
 
 def hold(forms: Forms, trials: Iterable[Trial]) -> Held:
     """Try a part until it fails or all trials are through."""
-    worst, count, silent = 0.0, 0, False
+    worst, silent, failure = 0.0, False, None
+    recorded: list[str] = []
+    unrun: list[str] = []
+    probes = 0
     for trial in trials:
-        found = forms.tried(trial)
-        count += 1
+        if trial.values is None:
+            unrun.append(trial.name)
+            continue
+        found = forms.tried(trial, trial.values)
+        if trial.recorded:
+            recorded.append(trial.name)
+        else:
+            probes += 1
         silent = silent or found.silent
-        if found.largest > TOLERANCE:
-            return Held(forms.cut, count, found.largest, (trial.name, found))
         worst = max(worst, found.largest)
-    return Held(forms.cut, count, worst, silent=silent)
+        if found.largest > TOLERANCE:
+            failure = (trial.name, found)
+            break
+    return Held(forms.cut, tuple(recorded), probes, worst, failure, silent, tuple(unrun))
 
 
 def summed(name: str, parts: Iterable[Held], what: str) -> Check:
-    """One check over all parts: how many, on how many trials, the largest error; the first failure if there is one."""
-    count, tried, worst, silent = 0, 0, 0.0, False
+    """One check over all parts: how many, tried on what, the largest error, and what was not held; or the first failure."""
+    all_held: list[Held] = []
     for held in parts:
-        count, tried, worst = count + 1, tried + held.trials, max(worst, held.worst)
-        silent = silent or held.silent
         if held.failure is not None:
             trial, found = held.failure
             return Check(name, False, f"{held.cut.name or 'the graph'}, on {trial}: {found}", found.largest)
-    aside = ", dropouts of other sizes at rate 0" if silent else ""
-    return Check(name, True, f"{what}: {count} parts in {tried} trials, {worst:.1e}{aside}", worst)
+        all_held.append(held)
+    worst = max((held.worst for held in all_held), default=0.0)
+    inputs = dict.fromkeys(name for held in all_held for name in held.recorded)
+    probes = max((held.probes for held in all_held), default=0)
+    words = f"{what}: {len(all_held)} parts, {worst:.1e}"
+    words += f"; on {', '.join(inputs)}" * bool(inputs) + f", {probes} probes" * bool(probes)
+    missing = dict.fromkeys(name for held in all_held for name in held.unrun)
+    words += f"; not on {', '.join(missing)}, where the model does not run" * bool(missing)
+    words += "; dropouts of other sizes at rate 0" * any(held.silent for held in all_held)
+    return Check(name, True, words, worst)

@@ -26,10 +26,11 @@ NEIGHBORS = 8
 
 @dataclass(frozen=True)
 class Trial:
-    """Border values to try both forms on, in a setting. At ``recorded`` values the old form has to run."""
+    """Border values to try both forms on, in a setting; None where the program has none. At ``recorded`` values the old form
+    has to run."""
 
     name: str
-    values: Values
+    values: Values | None
     setting: Setting
     recorded: bool = False
 
@@ -61,9 +62,9 @@ class Forms:
             return replace(self.gap(values, replace(setting, silent=True)), silent=True)
         return gap(old, new, gradients=setting.gradients)
 
-    def tried(self, trial: Trial) -> Gap:
+    def tried(self, trial: Trial, values: Values) -> Gap:
         """The gap that counts in one trial; a part that cannot run alone is refused, never skipped."""
-        found = self.judged(trial.values, trial.setting)
+        found = self.judged(values, trial.setting)
         if found.unrun and trial.recorded:
             return Gap(problem=f"this part of the model cannot be run alone: {found.unrun}")
         return found
@@ -144,9 +145,8 @@ def trials(
             if training and not (forms.old.is_modal or forms.new.is_modal):
                 continue  # it ran in evaluation just now, and nothing in it asked for the mode
             values = tape.values(border, name, training=training)
-            if values is not None:
-                setting = replace(plain, training=training)
-                yield Trial(f"{name} in training" if training else name, values, setting, recorded=True)
+            setting = replace(plain, training=training)
+            yield Trial(f"{name} in training" if training else name, values, setting, recorded=True)
     example = tape.values(border, EXAMPLE, training=False)
     if first and example is not None:
         yield from probes(example, plain)

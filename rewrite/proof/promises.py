@@ -146,7 +146,7 @@ def formula(parts: Parts, label: str = "") -> Check:
 def _by_formula(parts: Parts, cut: Cut) -> Held:
     step, setting = parts.given.step, Setting(seed=parts.given.seed)
     if step is None:
-        return Held(cut, 0, 0.0, ("nothing", Gap(problem="no pass says what it should compute")))
+        return Held(cut, (), 0, 0.0, ("nothing", Gap(problem="no pass says what it should compute")))
     forms = Forms(
         cut, ReferenceForm(parts.worlds, cut, step), Form.of(parts.worlds[1], cut.new, cut.new_border, cut.outputs)
     )
@@ -156,7 +156,7 @@ def _by_formula(parts: Parts, cut: Cut) -> Held:
     try:
         return hold(forms, tried)
     except NoFormulaError as error:
-        return Held(cut, 0, 0.0, ("nothing", Gap(problem=str(error))))
+        return Held(cut, (), 0, 0.0, ("nothing", Gap(problem=str(error))))
 
 
 def close(parts: Parts, label: str = "") -> Check:
@@ -215,14 +215,14 @@ def estimate(parts: Parts, label: str = "") -> Iterator[Check]:
 
 def _bitwise(parts: Parts, cut: Cut) -> Held:
     forms = Forms.of(parts.worlds, cut)
-    count = 0
+    tried: list[str] = []
     for training in parts.given.modes:
         values = parts.before_tape.values(cut.old_border, EXAMPLE, training=training)
         if values is None:
             continue
         setting = Setting(exact=False, gradients=False, training=training, seed=parts.given.seed)
         found = forms.gap(values, setting)
-        count += 1
+        tried.append(f"{EXAMPLE} in training" if training else EXAMPLE)
         if found.largest > 0:
-            return Held(cut, count, found.largest, ("the own dtype", found))
-    return Held(cut, count, 0.0)
+            return Held(cut, tuple(tried), 0, found.largest, ("the own dtype", found))
+    return Held(cut, tuple(tried), 0, 0.0)

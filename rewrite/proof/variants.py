@@ -1,4 +1,4 @@
-"""The inputs that a program is recorded on: its example, fresh values, padded masks, a batch of one, another size."""
+"""The inputs that a program is recorded on: its example, fresh values, padded masks, a batch of one, two other sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def variants(program: Program, seed: int) -> Iterator[tuple[str, Inputs]]:
     if any(0 in by_axis for by_axis in axes):
         yield "a batch of one", resized(program, example, lambda d: 1 if d.axis == 0 else d.size)
     if any(axes):
-        yield "another size", resized(program, example, lambda d: d.size + 1)
+        yield "a larger size", resized(program, example, lambda d: d.size + 1)
+        yield "a smaller size", resized(program, example, lambda d: max(1 + (d.size > 1), d.size // 2))
 
 
 def _padded(value: torch.Tensor) -> torch.Tensor:

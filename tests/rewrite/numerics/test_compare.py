@@ -146,6 +146,16 @@ def test_infinities_must_be_the_same_ones() -> None:
     assert relative_error(inf, torch.tensor([float("nan"), 1.0])) == float("inf")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extreme_values_hide_nothing(dtype: torch.dtype) -> None:
+    low = torch.finfo(dtype).min
+    scores = torch.tensor([1.0, 2.0, low, low + 3.0], dtype=torch.float64)
+    assert relative_error(scores, scores + torch.tensor([0.0, 1e-6, 0.0, 0.0], dtype=torch.float64)) == pytest.approx(5e-7)
+    assert relative_error(scores, scores * torch.tensor([1.0, 1.0, 1.5, 1.0], dtype=torch.float64)) == pytest.approx(0.5)
+    mask = torch.tensor([0.0, low], dtype=torch.float64)
+    assert relative_error(mask, mask + torch.tensor([1e-3, 0.0], dtype=torch.float64)) == pytest.approx(1e-3)
+
+
 def test_a_gradient_that_is_rounding_alone_counts_by_the_largest() -> None:
     """As for a key's bias, zero but for rounding; one that is wrong by its own size still counts where it matters."""
     large, tiny = torch.ones(3), torch.full((3,), 1e-18)
