@@ -15,7 +15,7 @@ from .judge import Gap
 
 @dataclass(frozen=True)
 class Held:
-    """One part, the names of what it was tried on, the largest error, and the first failure, if any: where, and what.
+    """One part: what it was tried on, the largest error, and the first failure, if any: where, and what.
 
     ``unrun``: inputs that the program itself does not run on. ``silent``: dropouts of other sizes were run at rate 0.
     """
