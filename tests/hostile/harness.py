@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import select
@@ -31,7 +32,9 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 MARKER = "zz_canary"
 SECONDS = 20.0
-"""What one case may take."""
+"""What one case may take, of the processor."""
+PATIENCE = 6
+"""How many times as long it may take by the clock, for it may have to wait for the processor."""
 BYTES = 2 << 30
 """What one case may add to the memory of its process."""
 
@@ -107,18 +110,20 @@ class Oracle:
         answer = _ask(worker, {**asdict(case), "folder": str(case.folder)}, case.seconds)
         seconds = time.monotonic() - began
         if answer is None:
-            fault = self._lost(worker, seconds < case.seconds) or f"took more than {case.seconds:.0f} s"
+            fault = self._lost(worker) or f"took more than {case.seconds:.0f} s"
             answer = {"code": None, "stdout": "", "stderr": "", "faults": [fault]}
         answer["faults"] += _left(before, _listing(case.folder), case)
         answer["faults"] += _told(case, answer)
         return Verdict(answer["code"], answer["stdout"], answer["stderr"], seconds, tuple(answer["faults"]))
 
-    def _lost(self, worker: subprocess.Popen[bytes], ended: bool) -> str | None:
-        """Close a worker that gave no answer, and say how it died; None where it lives. ``ended``: its pipe is closed,
-        which a dying process does a moment before it can be waited for."""
-        died = worker.poll()
-        if died is None and ended:
-            died = worker.wait(timeout=60)
+    def _lost(self, worker: subprocess.Popen[bytes]) -> str | None:
+        """Close a worker that gave no answer, and say how it died; None where it lives.
+
+        A dying process closes its pipe a moment before it can be waited for.
+        """
+        assert worker.stdout is not None
+        ended = bool(select.select([worker.stdout], [], [], 0)[0])
+        died = worker.wait(timeout=60) if ended else worker.poll()
         self.close()
         return None if died is None else f"killed the process (exit {died})"
 
@@ -144,10 +149,22 @@ def _ask(worker: subprocess.Popen[bytes], question: dict[str, Any], seconds: flo
     assert worker.stdout is not None
     worker.stdin.write(json.dumps(question).encode() + b"\n")
     worker.stdin.flush()
-    ready, _, _ = select.select([worker.stdout], [], [], seconds)
+    began, worked = time.monotonic(), _worked(worker)
+    ready = select.select([worker.stdout], [], [], seconds)[0]
+    while not ready and _worked(worker) - worked < seconds and time.monotonic() - began < PATIENCE * seconds:
+        ready = select.select([worker.stdout], [], [], 1.0)[0]  # the machine is busy with something else
     line = worker.stdout.readline() if ready else b""
     found: dict[str, Any] | None = json.loads(line) if line else None
     return found
+
+
+def _worked(worker: subprocess.Popen[bytes]) -> float:
+    """The processor seconds that a worker has used; infinite where that cannot be told, or it ended."""
+    try:
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
