@@ -102,7 +102,7 @@ def apart(kind: str, limit: int) -> dict[str, Any]:
     if child == 0:
         os.close(reading)
         signal.setitimer(signal.ITIMER_PROF, limit)  # of its own processor time
-        signal.alarm(6 * limit)
+        signal.alarm(20 * limit)
         os.write(writing, json.dumps(one(kind))[:60_000].encode())
         os._exit(0)
     os.close(writing)

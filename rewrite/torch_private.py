@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -34,6 +35,8 @@ __all__ = [
     "_DropoutNd",
     "fake_tensors",
     "guards_code",
+    "leave_transforms",
+    "make_fx",
     "operator_schemas",
     "output_spec",
     "plain_tensors",
@@ -42,6 +45,7 @@ __all__ = [
     "serialize",
     "size_symbol",
     "torch_c",
+    "transform_depth",
 ]
 
 torch_c = torch._C
@@ -54,6 +58,8 @@ NAMES: dict[str, str] = {
     "torch._C.DisableTorchFunction": "a size decision is computed with plain tensors inside a trace",
     "torch._C.PyTorchFileReader": "a zip of tensors is listed, and its pickle scanned, before anything is loaded",
     "torch._C._VariableFunctionsClass": "pickles name functions of torch as attributes of this class",
+    "torch._C._functorch.get_interpreter_stack": "how many function transforms are being run, before a vmap's steps are",
+    "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth": "a vmap whose steps stopped halfway is left",
     "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",
     "torch._dynamo.source.ConstantSource": "a dynamic size read from a file needs an origin to be created",
     "torch._export.serde.schema.ExportedProgram": "an export's graph is judged field by field before torch builds it",
@@ -69,6 +75,7 @@ NAMES: dict[str, str] = {
     "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
     "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
     "torch._subclasses.FakeTensorMode": "shapes and dtypes without computing, for a capture that runs nothing",
+    "torch.fx.experimental.proxy_tensor.make_fx": "the steps of a vmap are traced as the operators that they run",
     "torch.fx.experimental.symbolic_shapes.DimDynamic": "a dynamic size read from a file is dynamic",
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": "dynamic sizes of fake tensors live in one",
     "torch.fx.graph._format_target": "torch.fx writes attributes named like Python keywords as they are",
@@ -128,3 +135,13 @@ def size_symbol(environment: ShapeEnv, name: str, example: int) -> torch.SymInt:
     made = environment.create_symintnode(symbol, hint=example, source=source)
     assert isinstance(made, torch.SymInt)
     return made
+
+
+def transform_depth() -> int:
+    """How many function transforms (`torch.vmap`) are being run."""
+    return len(torch_c._functorch.get_interpreter_stack() or ())
+
+
+def leave_transforms(depth: int) -> None:
+    """Leave the function transforms beyond this many."""
+    torch_c._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)

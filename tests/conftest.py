@@ -13,11 +13,16 @@ import torch
 
 from rewrite.sources.compat import mend_torchvision
 from rewrite.testing import FreshProcess
+from tests.fast import left_out
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
 mend_torchvision()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what tests/fast.py names")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,7 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("rewrite")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        slow = [item for item in items if left_out(item)]
+        items[:] = [item for item in items if item not in set(slow)]
+        config.hook.pytest_deselected(items=slow)
     for item in items:
         group = _model(item)
         if group and not item.get_closest_marker("xdist_group"):

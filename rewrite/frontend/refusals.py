@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 
 from rewrite.errors import RewriteError, named_line
 
+from .vmaps import transform_step
+
 _OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
@@ -45,13 +47,13 @@ def _short(file: str) -> str:
 def refuse_transforms(module: GraphModule) -> None:
     """Refuse a trace that holds the inner steps of a function transform: run as operators, they raise.
 
-    Raises RewriteError with the line of the model's code that calls ``torch.vmap``.
+    Raises RewriteError with the line of the model's code that calls it.
     """
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
-            if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            if step := transform_step(node):
                 raise RewriteError(
-                    f"its code uses torch.vmap, whose own steps ({node.target.__name__}) would stand in the graph"
+                    f"its code uses a transform of functions (torch.func), whose own step {step} would stand in the graph"
                     f"{_written_at(node.meta.get('stack_trace'))}"
                 )
 

@@ -30,6 +30,7 @@ from .dropouts import DropoutsApart
 from .functions import recorded_functions
 from .leaves import keep_leaves
 from .refusals import refuse_transforms, why
+from .vmaps import batch_vmaps
 
 _PLAIN = (
     torch.Tensor,
@@ -147,6 +148,7 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool, leaves: Collectio
             with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), kept_whole(), recorded_functions(notes):
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)
+                batch_vmaps(graph_module)
                 attach_calls(graph_module)
             refuse_transforms(graph_module)
             name_constants(graph_module, model)

@@ -63,6 +63,22 @@ def rows() -> list[tuple[str, Row]]:
     return [(module.split(".")[-2], row) for module in modules for row in import_module(module).ROWS]
 
 
+@functools.cache
+def cheapest() -> tuple[Row, ...]:
+    """Two rows of each pass: of those that change something and of those that change nothing the cheapest to try."""
+    chosen = []
+    for name in passes():
+        for changes in (True, False):
+            those = [row for _, row in rows() if row.name == name and bool(row.changes) == changes]
+            chosen.append(min(those, key=_cost))
+    return tuple(chosen)
+
+
+def _cost(row: Row) -> tuple[bool, int]:
+    costs = {"stress": 0, "transformers": 1, "timm": 2}
+    return bool(row.after), 3 if row.model == "t5" else costs[case(row.model).library]
+
+
 class SharedSubject(Subject):
     """A case as a subject. Its capture is made once a test run, by whichever worker is first, and read by the others."""
 

@@ -154,18 +154,6 @@ def test_a_model_that_neither_mode_can_be_captured_of_says_why_for_both() -> Non
         capture(_Neither(), (torch.randn(2, 5),))
 
 
-class _Mapped(nn.Module):
-    """A mask made by `torch.vmap`: export records the transform's own steps, which raise when they are run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.vmap(lambda place: place >= 1)(torch.arange(x.shape[1]))
-
-
-def test_a_trace_with_the_steps_of_vmap_is_refused_with_its_line() -> None:
-    with pytest.raises(RewriteError, match=r"uses torch\.vmap.*\(at .*test_capture\.py:\d+: return x \* torch\.vmap"):
-        capture(_Mapped(), (torch.randn(2, 5),))
-
-
 def test_every_case_that_export_rejects_is_accounted_for() -> None:
     mended = {"BatchNormCumulative", "UnregisteredOutput"}
     assert mended | EVALUATION_ONLY | REFUSED == stress.REJECTED_BY_EXPORT
