@@ -104,6 +104,109 @@ def small_gpt2(**options: Any) -> nn.Module:
     return GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, **options))
 
 
+class Settings:
+    """A configuration as transformers has them."""
+
+    model_type = "by hand"
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Tower(nn.Module):
+    """Takes what a vision tower for images of any size takes."""
+
+    main_input_name: Any = "input_ids"
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        self.config = Settings(**values)
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
+        merged = self.config.spatial_merge_size**2
+        assert hidden_states.shape[0] == grid_thw.prod(1).sum()
+        return hidden_states.view(-1, merged, hidden_states.shape[1]).mean(1)
+
+
+class Cut(Tower):
+    def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor) -> Tensor:
+        assert torch.equal(pixel_attention_mask.sum(1), spatial_shapes.prod(1))
+        return pixel_values * pixel_attention_mask[..., None]
+
+
+class Placed(Tower):
+    def forward(self, pixel_values: Tensor, pixel_position_ids: Tensor) -> Tensor:
+        assert pixel_position_ids.unique(dim=1).shape == pixel_position_ids.shape
+        return pixel_values + pixel_position_ids.sum(-1, keepdim=True)
+
+
+class Sound(Tower):
+    main_input_name = "input_features"
+
+    def forward(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
+        assert input_features_mask is not None
+        assert 0 < input_features_mask.sum() < input_features_mask.numel()
+        return input_features * input_features_mask[..., None]
+
+
+class Series(Tower):
+    main_input_name = "past_values"
+
+    def forward(self, past_values: Tensor, past_time_features: Tensor, past_observed_mask: Tensor) -> Tensor:
+        return (past_values * past_observed_mask)[..., None] + past_time_features
+
+
+class Query(Tower):
+    main_input_name = ("query_embeds", "prompt_input_ids")
+
+    def forward(self, query_embeds: Tensor, prompt_input_ids: Tensor, seed: int = 0) -> Tensor:
+        return query_embeds + prompt_input_ids[..., None]
+
+
+class Elsewhere(Tower):
+    """Its class says that it takes images, and it takes text."""
+
+    main_input_name = "pixel_values"
+
+    def forward(self, input_ids: Tensor | None = None) -> Tensor:
+        assert input_ids is not None
+        return input_ids
+
+
+class InSession(Tower):
+    def forward(self, session: Any) -> Tensor:
+        return session
+
+
+TOWERS: dict[str, tuple[nn.Module, dict[str, tuple[int, ...]]]] = {
+    "grid": (
+        Tower(patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3),
+        {"hidden_states": (48, 96), "grid_thw": (2, 3)},
+    ),
+    "cut": (Cut(patch_size=4), {"pixel_values": (2, 16, 48), "pixel_attention_mask": (2, 16), "spatial_shapes": (2, 2)}),
+    "placed": (Placed(patch_size=4, num_channels=1), {"pixel_values": (2, 16, 16), "pixel_position_ids": (2, 16, 2)}),
+    "sound": (Sound(num_mel_bins=8), {"input_features": (2, 64, 8), "input_features_mask": (2, 64)}),
+    "series": (
+        Series(lags_sequence=[1, 4], context_length=10, num_time_features=3),
+        {"past_values": (2, 14), "past_time_features": (2, 14, 3), "past_observed_mask": (2, 14)},
+    ),
+    "query": (Query(hidden_size=8, vocab_size=9), {"query_embeds": (2, 16, 8), "prompt_input_ids": (2, 16)}),
+    "elsewhere": (Elsewhere(vocab_size=9), {"input_ids": (2, 16)}),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_what_signature_and_configuration_tell(kind: str) -> None:
+    model, shapes = TOWERS[kind]
+    args, kwargs = infer_inputs(model)
+    assert args == ()
+    assert {name: tuple(value.shape) for name, value in kwargs.items()} == shapes
+    assert model(**kwargs).numel()
+
+
 def test_tokens_are_ordinary_words_that_end_with_eos() -> None:
     _, kwargs = infer_inputs(small_gpt2(vocab_size=6, eos_token_id=5, bos_token_id=4, pad_token_id=0))
     ids = kwargs["input_ids"]
@@ -155,13 +258,8 @@ def test_own_example_inputs_of_no_known_form() -> None:
 def test_what_cannot_be_inferred_says_what_to_pass() -> None:
     with pytest.raises(RewriteError, match=r"forward takes \(input\): pass --inputs \(2x3"):
         infer_inputs(nn.Linear(2, 2))
-    perceiver = small_gpt2(vocab_size=5)
-    type(perceiver).main_input_name, before = "inputs", type(perceiver).main_input_name
-    try:
-        with pytest.raises(RewriteError, match="nothing is known about inputs"):
-            infer_inputs(perceiver)
-    finally:
-        type(perceiver).main_input_name = before
+    with pytest.raises(RewriteError, match="nothing is known about session; forward takes \\(session\\)"):
+        infer_inputs(InSession())
 
 
 # ---- text ------------------------------------------------------------------------------------------------
