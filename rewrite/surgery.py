@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,7 +26,7 @@ def transform(
     seed: int = 0,
     verify: bool = True,
     data: Any = None,
-    crash_folder: Path | None = None,
+    crash_folder: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """A copy of ``model``, of its own class, with passes applied: captured, rewritten, proven and grafted.
 

@@ -7,9 +7,13 @@ not here: they are part of what a file says, and stay as long as files do.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import _subclasses as fake_tensors
+from torch._dispatch.python import enable_python_dispatcher
 from torch._export.serde import schema, serialize
+from torch._export.verifier import TrainingIRVerifier
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -31,6 +35,7 @@ __all__ = [
     "PyTorchFileReader",
     "ShapeEnv",
     "TorchDispatchMode",
+    "TrainingIRVerifier",
     "_BatchNorm",
     "_DropoutNd",
     "fake_tensors",
@@ -40,9 +45,12 @@ __all__ = [
     "operator_schemas",
     "output_spec",
     "plain_tensors",
+    "python_dispatcher",
     "pytree",
     "schema",
     "serialize",
+    "serialized",
+    "set_guards_code",
     "size_symbol",
     "torch_c",
     "transform_depth",
@@ -51,6 +59,7 @@ __all__ = [
 torch_c = torch._C
 PyTorchFileReader = torch._C.PyTorchFileReader
 plain_tensors = _disable_current_modes
+python_dispatcher = enable_python_dispatcher
 operator_schemas = torch._C._jit_get_schemas_for_operator
 
 #: What is imported, by its full name, and why a public name will not do.
@@ -61,6 +70,7 @@ NAMES: dict[str, str] = {
     "torch._C._functorch.get_interpreter_stack": "how many function transforms are being run, before a vmap's steps are",
     "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth": "a vmap whose steps stopped halfway is left",
     "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",
+    "torch._dispatch.python.enable_python_dispatcher": "a layer is traced for an export as torch.export traces it",
     "torch._dynamo.source.ConstantSource": "a dynamic size read from a file needs an origin to be created",
     "torch._export.serde.schema.ExportedProgram": "an export's graph is judged field by field before torch builds it",
     "torch._export.serde.schema.PayloadMeta": "where torch.export.load finds a tensor in an archive of ours",
@@ -71,6 +81,8 @@ NAMES: dict[str, str] = {
     "torch._export.serde.serialize.deserialize_scalar_type": "the dtypes of an export's tensors",
     "torch._export.serde.serialize.serialize": "an export without torch's archive writer, which aborts on a full disk",
     "torch._export.serde.serialize.serialize_tensor_meta": "tables of tensors are written as torch.export.load reads them",
+    "torch._export.serde.serialize.canonicalize": "computed and dropped, at more than half of what writing an export costs",
+    "torch._export.verifier.TrainingIRVerifier": "an export of this kind may write into its values, as layers do",
     "torch._library.custom_ops.OPDEFS": "which module defines a custom operator, so that a reader imports it first",
     "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
     "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
@@ -118,6 +130,20 @@ def guards_code(exported: ExportedProgram) -> list[str]:
     There is no default: a program without its conditions would take sizes that it is wrong for.
     """
     return list(exported._guards_code)
+
+
+def set_guards_code(exported: ExportedProgram, guards: list[str]) -> None:
+    """Let an export hold under these conditions on sizes."""
+    exported._guards_code = guards
+
+
+def serialized(exported: ExportedProgram) -> bytes:
+    """The graph of an export in torch's format.
+
+    torch makes the canonical form of it, by a deep copy of all, to see whether there is one, and drops it: that is left out.
+    """
+    with mock.patch.object(serialize, "canonicalize", lambda program, constants=None: program):
+        return serialize.serialize(exported).exported_program
 
 
 def output_spec(graph: Graph) -> pytree.TreeSpec:

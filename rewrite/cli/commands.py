@@ -3,10 +3,10 @@
 Everything that costs time is imported inside the commands, so that `rewrite --help` is quick.
 """
 
-from __future__ import annotations
-
+import gc
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -205,8 +205,6 @@ def memory(
     as_json: AsJson = False,
 ) -> None:
     """Measure the bytes that autograd keeps in training, before and after passes if given."""
-    import json
-
     from .job import Model
     from .measured import measured, show_memory
 
@@ -214,10 +212,7 @@ def memory(
     source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
     with _steps() as steps:
         found = measured(source, texts, backend, data, steps)
-    if as_json:
-        typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=2))
-        return
-    show_memory(_console(), found)
+    _tell(found, as_json, show_memory)
 
 
 @app.command()
@@ -233,8 +228,6 @@ def depth(
     as_json: AsJson = False,
 ) -> None:
     """Tell on data how much each block and branch adds, and how one depends on another."""
-    import json
-
     from .depths import deep, show_depth
     from .job import Model
 
@@ -242,10 +235,7 @@ def depth(
     source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
     with _steps() as steps:
         found = deep(source, texts, data, steps)
-    if as_json:
-        typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=2))
-        return
-    show_depth(_console(), found)
+    _tell(found, as_json, show_depth)
 
 
 @app.command()
@@ -310,12 +300,22 @@ def _pass_texts(passes: list[str], pipeline: str) -> tuple[str, ...]:
     return tuple(passes) or ((pipeline,) if pipeline else ())
 
 
-def _run(job: Job) -> None:
+def _run(job: "Job") -> None:
     with _steps() as steps:
         outcome = job.run(steps)
     from .render import show_outcome
 
     show_outcome(_console(), outcome)
+
+
+def _tell(found: Mapping[str, Any], as_json: bool, show: Callable[..., None]) -> None:
+    """What was measured before and after, as JSON or as ``show`` prints it."""
+    if not as_json:
+        show(_console(), found)
+        return
+    import json
+
+    typer.echo(json.dumps({name: each.to_json() for name, each in found.items()}, indent=2))
 
 
 def _described_or_refused(name: str) -> dict[str, Any]:
@@ -327,13 +327,13 @@ def _described_or_refused(name: str) -> dict[str, Any]:
         return {"name": name, "error": str(error)}
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
 
 
-def _steps() -> Steps:
+def _steps() -> "Steps":
     from .progress import Steps
 
     return Steps(_console(stderr=True))
@@ -343,7 +343,10 @@ def main() -> None:
     """The program `rewrite`."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, about each other; ours are in the report
-    app(prog_name="rewrite")
+    try:
+        app(prog_name="rewrite")
+    finally:
+        gc.freeze()  # what is left goes with the process: collecting it first takes longer than showing the help
 
 
 if __name__ == "__main__":

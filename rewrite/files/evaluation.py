@@ -14,8 +14,10 @@ from rewrite.errors import RewriteError
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.export import Inputs, export_program, widened
 from rewrite.graph.regions import Region
+from rewrite.lowering.composed import composed
 from rewrite.lowering.inference import evaluated
-from rewrite.torch_private import schema, serialize
+from rewrite.lowering.layer_traces import NotComposedError
+from rewrite.torch_private import schema, serialize, serialized
 
 from .specs import plain_spec
 from .tensors import TensorWriter, dense_strides
@@ -37,12 +39,12 @@ def write_evaluation(program: Program, writer: Writer, tensors: TensorWriter, ex
     exported._constants = {name: _hollow(tensor) for name, tensor in held.items()}
     exported._example_inputs = None
     with keyword_safe():
-        content = serialize.serialize(exported)
+        content = serialized(exported)
     weights = {name: (tensor, tensors.add(tensor, f"{_WEIGHTS}weight_")) for name, tensor in state.items()}
     constants = {name: (tensor, tensors.add(tensor, f"{_CONSTANTS}tensor_")) for name, tensor in held.items()}
     writer.add(f"{_WEIGHTS}model_weights_config.json", _config(weights, _WEIGHTS))
     writer.add(f"{_CONSTANTS}model_constants_config.json", _config(constants, _CONSTANTS))
-    writer.add("models/model.json", content.exported_program)
+    writer.add("models/model.json", content)
     writer.add(EXAMPLES, examples)
     for name, text in {
         "archive_format": "pt2",
@@ -54,7 +56,10 @@ def write_evaluation(program: Program, writer: Writer, tensors: TensorWriter, ex
 
 
 def exported_evaluation(program: Program) -> ExportedProgram:
-    """The program in evaluation mode, outputs in plain containers, exported once more."""
+    """The program in evaluation mode, outputs in plain containers, as an export.
+
+    It is put together from the program's graph; only where that cannot be is it traced once more.
+    """
     module = evaluated(program, share=True)
     spec = plain_spec(module.interface.output_specs[1])
     module.__dict__["interface"] = replace(module.interface, output_specs=(spec, spec))
@@ -62,8 +67,11 @@ def exported_evaluation(program: Program) -> ExportedProgram:
     for region in module.modules():
         if isinstance(region, Region):  # inference takes no gradients; torch.export cannot write such blocks
             region.contexts = tuple(c for c in region.contexts if c[0] != "grad")
-    signature = module.interface.signature
-    return export_program(module, widened(Inputs(signature, tuple(program.example_args), program.example_kwargs)))
+    inputs = Inputs(module.interface.signature, tuple(program.example_args), program.example_kwargs)
+    try:
+        return composed(module, inputs)
+    except NotComposedError:
+        return export_program(module, widened(inputs))
 
 
 def _hollow(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, pytree
 
@@ -56,16 +56,21 @@ def fake_value(
     if node.op == "call_module":
         target = attribute(module, str(node.target)) if layer is None else layer
     mode = _fake_mode([args, kwargs]) or _fake_mode([n.meta.get("val") for n in node.graph.nodes])
-    try:
-        key: Hashable = (mode, _configuration(target), _described(args), _described(kwargs))
-        if key in known.values:
-            return known.values[key]
-    except _UndescribedError:
-        key = None
+    key = call_key(target, args, kwargs, mode)
+    if key is not None and key in known.values:
+        return known.values[key]
     found = _infer(target, args, kwargs, mode, known)
     if key is not None:
         known.values[key] = found
     return found
+
+
+def call_key(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> Hashable | None:
+    """All that the shapes a function or layer gives depend on; None where it may depend on more."""
+    try:
+        return mode, _configuration(target), _described(args), _described(kwargs)
+    except _UndescribedError:
+        return None
 
 
 def _infer(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None, known: Fakes) -> Any:
@@ -92,7 +97,7 @@ def _configuration(target: Any) -> Hashable:
     return type(target), plain, tensors, tuple((name, _configuration(child)) for name, child in target._modules.items())
 
 
-_MODULE = frozenset(vars(nn.Module()))
+_MODULE = frozenset({*vars(nn.Module()), "runs"})  # a region runs what was made of its graphs
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.layout)
 _CODE = (torch.memory_format, types.FunctionType, types.BuiltinFunctionType, OpOverload)
@@ -108,6 +113,8 @@ def _described(value: Any) -> Hashable:
         return (type(value), *map(_described, value))
     if isinstance(value, dict):
         return (dict, *((_described(k), _described(v)) for k, v in value.items()))
+    if isinstance(value, Graph):
+        return _described_graph(value)
     if isinstance(value, slice):
         return (slice, *map(_described, (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymInt):
@@ -115,6 +122,25 @@ def _described(value: Any) -> Hashable:
     if not isinstance(value, _PLAIN + _CODE):
         raise _UndescribedError
     return type(value), value
+
+
+def _described_graph(graph: Graph) -> Hashable:
+    """What a graph computes, whatever its nodes are called."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+
+    def arguments(value: Any) -> Any:
+        if isinstance(value, Node):
+            return Node, place[value]
+        if isinstance(value, list | tuple):
+            return type(value), *map(arguments, value)
+        if isinstance(value, dict):
+            return dict, *((key, arguments(held)) for key, held in value.items())
+        return _described(value)
+
+    return (
+        Graph,
+        *((n.op, "" if n.op == "placeholder" else n.target, arguments(n.args), arguments(n.kwargs)) for n in place),
+    )
 
 
 def _size(size: Any) -> Hashable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ def apply(
     verify: bool = True,
     share: bool = False,
     data: Any = None,
-    crash_folder: Path | None = None,
+    crash_folder: str | os.PathLike[str] | None = None,
     listener: Listener = lambda step: None,
 ) -> Program:
     """Run passes over a program (or a module, which is captured first); the result is a new Program.
@@ -65,7 +66,8 @@ def apply(
     else:
         listener(f"capturing {type(model).__name__}")
         program = capture(model, tuple(args or ()), kwargs)
-    settings = Settings(seed, verify, share, None if data is None else Data.of(data), crash_folder or Path.cwd(), listener)
+    folder = Path.cwd() if crash_folder is None else Path(crash_folder)
+    settings = Settings(seed, verify, share, None if data is None else Data.of(data), folder, listener)
     for step in chain:
         program = run_pass(program, step, settings)
     return program if chain else program.clone(share=share)

@@ -102,9 +102,11 @@ def test_the_terminal_shows_each_step() -> None:
     assert sum(line[:1] == ["proven"] for line in lines) == 2
 
 
-def test_a_step_that_breaks_its_word_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_step_that_breaks_its_word_is_named_and_nothing_is_changed(tmp_path: Path, kind: type) -> None:
     with pytest.raises(VerificationError, match=r"pass tanh-gelu\{off=1.0\} broke its contract .*formula"):
-        apply(FFN(nn.GELU()), [FastFFN(off=1.0)], args=(X,), crash_folder=tmp_path)
+        apply(FFN(nn.GELU()), [FastFFN(off=1.0)], args=(X,), crash_folder=kind(tmp_path))
+    assert list(tmp_path.iterdir())
 
 
 def test_a_step_may_not_promise_less_than_the_whole() -> None:

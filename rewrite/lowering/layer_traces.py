@@ -1,0 +1,87 @@
+"""What a layer computes, as operators: traced as torch.export traces it, on values that have sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rewrite.graph.layers import AutogradFunction
+from rewrite.graph.nodes import aten
+from rewrite.graph.regions import Region
+from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, python_dispatcher, pytree
+
+_READS = (aten.detach.default, aten.sym_size.int)
+_NUMBERS = ("_operator", "math", "builtins")
+
+
+class NotComposedError(Exception):
+    """A part of the program is more than operators and layers of them: an export has to trace it whole."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a layer computes: its tensors, then its arguments, to the leaves of what it gives."""
+
+    graph: Graph
+    spec: pytree.TreeSpec
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """The nodes of the leaves."""
+        found: Any = self.graph.output_node().args[0]
+        return tuple(found)
+
+
+def mode_of(graph: Graph) -> FakeTensorMode:
+    """The one mode that all values of a graph are of: what training never sees is of another, with sizes of its own."""
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
+    modes = {value.fake_mode for value in values if isinstance(value, FakeTensor)}
+    if len(modes) != 1:
+        raise NotComposedError
+    return modes.pop()
+
+
+def traced(layer: nn.Module, fakes: tuple[Any, Any, Any], mode: FakeTensorMode) -> Trace:
+    specs: list[pytree.TreeSpec] = []
+
+    def run(state: Any, args: Any, kwargs: Any) -> list[Any]:
+        leaves, spec = pytree.tree_flatten(torch.func.functional_call(layer, state, args, kwargs))
+        specs.append(spec)
+        return leaves
+
+    def apart(value: Any) -> Any:  # tensors alike may be one object, and the trace could not tell them apart
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    try:
+        with mode, python_dispatcher():
+            given = pytree.tree_map(apart, fakes)
+            graph = make_fx(run, pre_dispatch=True)(*given).graph
+    except Exception as error:  # a layer may raise anything: the whole export will tell why
+        raise NotComposedError from error
+    graph.eliminate_dead_code(lambda node: node.target not in _READS)
+    return Trace(graph, specs[0])
+
+
+def check_same(made: Any, known: Any) -> None:
+    """A value is what the graph knows of it, unless the module was cast or moved since."""
+    layouts = [(v.dtype, v.device, v.dim()) if isinstance(v, torch.Tensor) else None for v in (made, known)]
+    if layouts[0] != layouts[1]:
+        raise NotComposedError
+
+
+def is_plain(target: Any) -> bool:
+    """An operator, or arithmetic on sizes."""
+    if isinstance(target, OpOverload):
+        return True
+    return getattr(target, "__module__", "") in _NUMBERS or getattr(target, "__name__", "").startswith("sym_")
+
+
+def is_code(part: nn.Module) -> bool:
+    return isinstance(part, AutogradFunction) or (isinstance(part, Region) and bool(part.contexts))
