@@ -87,7 +87,7 @@ NAMES: dict[str, str] = {
     "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
     "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
     "torch._subclasses.FakeTensorMode": "shapes and dtypes without computing, for a capture that runs nothing",
-    "torch.fx.experimental.proxy_tensor.make_fx": "the steps of a vmap are traced as the operators that they run",
+    "torch.fx.experimental.proxy_tensor.make_fx": "layers and the steps of a vmap are traced as the operators that they run",
     "torch.fx.experimental.symbolic_shapes.DimDynamic": "a dynamic size read from a file is dynamic",
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": "dynamic sizes of fake tensors live in one",
     "torch.fx.graph._format_target": "torch.fx writes attributes named like Python keywords as they are",

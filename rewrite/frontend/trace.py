@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -18,6 +17,7 @@ from torch.fx import GraphModule
 
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph.codegen import keyword_safe
+from rewrite.graph.copies import copied
 from rewrite.graph.export import Inputs, dynamic_choices, quiet
 from rewrite.graph.hooks import take_down
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
@@ -88,7 +88,7 @@ def isolate(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor] = 
             if isinstance(value, torch.Tensor) and id(value) not in memo:
                 memo[id(value)] = replace(value) if id(value) in registered else value
     try:
-        made = copy.deepcopy(model, memo)
+        made = copied(model, memo)
     except Exception as error:
         raise RewriteError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy: {named_line(error)}); "

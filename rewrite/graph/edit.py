@@ -112,7 +112,7 @@ class Editor:
             self._sign(node, [node])
         names = tuple(n.name for n in calls)
         self._note("replace layer", target, ", ".join(names), f"{_kind(old)} -> {_kind(layer)}", names, old, layer)
-        self._repoint(f"{path}.")
+        self._repoint(self._calls.reads_below(path))
 
     def replace_module(self, path: str, layer: nn.Module) -> None:
         """Replace every call of the user's module at ``path``, with all that is in it, by a call of ``layer``.
@@ -329,7 +329,7 @@ class Editor:
             elif isinstance(found, torch.Tensor) and not self._is_used(path, found):
                 self._take(path, "nothing reads it any more")
         self._gone.clear()
-        self._repoint()
+        self._repoint([n for n in self.graph.nodes if n.op == "get_attr"])
 
     def _sweep_layer(self, path: str, layer: nn.Module) -> None:
         called = {name: child for name, child in layer._modules.items() if self._calls.below(f"{path}.{name}")}
@@ -422,11 +422,9 @@ class Editor:
             called = f"the layer at {node.target}" if node.op == "call_module" else str(node.target)
             raise RewriteError(f"{node.name} ({called}) does not fit what it is given now: {first_line(error)}") from error
 
-    def _repoint(self, below: str = "") -> None:
+    def _repoint(self, reads: Sequence[Node]) -> None:
         """Where code took its dtype or device from a parameter that is not there any more, another one gives it."""
-        for node in self.graph.nodes:
-            if node.op != "get_attr" or not str(node.target).startswith(below):
-                continue
+        for node in reads:
             if attribute(self.program.module, str(node.target)) is None:
                 like = meta.VALUE.of(node)
                 if not gives_kind_alone(node):
@@ -437,9 +435,10 @@ class Editor:
                 other = next((n for n, p in named if (p.dtype, p.device) == (like.dtype, like.device)), None)
                 if other is None:
                     raise RewriteError(f"{node.target} goes with its layer, and no other parameter has its dtype and device")
-                home, node.target = str(node.target).rpartition(".")[0], other
-                meta.VALUE.set(node, like.new_empty(tuple(self._tensor(node.target).shape)))
-                self._note("repoint", home, node.name, f"takes dtype and device from {node.target}", (node.name,))
+                home = str(node.target).rpartition(".")[0]
+                self._calls.move(node, other)
+                meta.VALUE.set(node, like.new_empty(tuple(self._tensor(other).shape)))
+                self._note("repoint", home, node.name, f"takes dtype and device from {other}", (node.name,))
 
     def _map(self, compute: Compute, sources: Sequence[str]) -> ParameterMap:
         return ParameterMap(compute, tuple(self._maps.get(source, source) for source in sources))
@@ -550,48 +549,68 @@ class Editor:
 
 
 class Calls:
-    """The calls of each path in a graph, in execution order, kept up to date by the edits."""
+    """The calls of each path in a graph, and the reads of tensors, in execution order, kept up to date by the edits."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._count = -1
         self._of: dict[str, dict[Node, None]] = {}
+        self._reads: dict[str, dict[Node, None]] = {}
 
     def of(self, path: str) -> list[Node]:
         """The nodes that call ``path``."""
-        if self._count != len(self._graph.nodes):  # nodes came or went past the editor
-            self._index()
+        self._see()
         return [n for n in self._of.get(path, ()) if n.target == path]
+
+    def reads_below(self, path: str) -> list[Node]:
+        """The nodes that read a tensor of the module at ``path``, or of one in it."""
+        self._see()
+        return [n for n in self._reads.get(path, ()) if str(n.target).startswith(f"{path}.")]
 
     def add(self, node: Node) -> None:
         """A node came."""
         self._count += 1
-        if node.op == "call_module":
-            self._of.setdefault(str(node.target), {})[node] = None
+        self._take(node)
 
     def drop(self, node: Node) -> None:
         """A node is about to go."""
         self._count -= 1
-        self._of.get(str(node.target), {}).pop(node, None)
+        self._leave(node)
 
     def move(self, node: Node, path: str) -> None:
-        """Let a node call another path."""
-        self._of.get(str(node.target), {}).pop(node, None)
+        """Let a node call, or read, another path."""
+        self._leave(node)
         node.target = path
-        self._of.setdefault(path, {})[node] = None
+        self._take(node)
 
     def below(self, path: str) -> bool:
         """Whether a node calls ``path`` or a layer below it."""
-        if self._count != len(self._graph.nodes):
-            self._index()
+        self._see()
         return any(p == path or p.startswith(f"{path}.") for p, nodes in self._of.items() if nodes)
 
-    def _index(self) -> None:
-        self._count = len(self._graph.nodes)
-        self._of = {}
+    def _see(self) -> None:
+        if self._count == len(self._graph.nodes):
+            return
+        self._count = len(self._graph.nodes)  # nodes came or went past the editor
+        self._of, self._reads = {}, {}
         for node in self._graph.nodes:
-            if node.op == "call_module":
-                self._of.setdefault(str(node.target), {})[node] = None
+            self._take(node)
+
+    def _take(self, node: Node) -> None:
+        for held, path in self._homes(node):
+            held.setdefault(path, {})[node] = None
+
+    def _leave(self, node: Node) -> None:
+        for held, path in self._homes(node):
+            held.get(path, {}).pop(node, None)
+
+    def _homes(self, node: Node) -> Iterator[tuple[dict[str, dict[Node, None]], str]]:
+        """Where a node is noted: a call under its path, a read under each module around the tensor."""
+        if node.op == "call_module":
+            yield self._of, str(node.target)
+        elif node.op == "get_attr":
+            parts = str(node.target).split(".")
+            yield from ((self._reads, ".".join(parts[:i])) for i in range(1, len(parts)))
 
 
 def _own(value: torch.Tensor, sources: Sequence[object]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from rewrite.errors import RewriteError
 
 from .codegen import compile_graph, copy_graph
+from .copies import copied_children
 from .fakes import Fakes
 from .interface import Interface, make_forward
 from .nodes import attribute
@@ -76,7 +77,8 @@ class LayerGraph(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraph:
         root = nn.Module()
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            root.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
+            held = self.__dict__[kind]
+            root.__dict__[kind] = copied_children(held, memo) if kind == "_modules" else copy.deepcopy(held, memo)
         root.training = self.training
         made = LayerGraph.__new__(LayerGraph)
         memo[id(self)] = made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph import meta
+from rewrite.graph.copies import copied
 from rewrite.graph.hooks import hang, take_down
 from rewrite.graph.nodes import attribute, hint_of
 from rewrite.graph.program import LayerGraph, Program
@@ -48,7 +48,8 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     places = Places(made)
     _load(made, program, fitted, places)
     wanted = [*fitted.swapped, *(p for beside in (fitted.before, fitted.after) for paths in beside.values() for p in paths)]
-    layers = copy.deepcopy({path: program.module.get_submodule(path) for path in wanted}, _own_tensors(program, made))
+    own = _own_tensors(program, made)
+    layers = {path: copied(program.module.get_submodule(path), own) for path in wanted}
     for path in _modules_first(program, fitted, model, layers):
         _set(places, made, path, followed(layers[path], fitted.swapped[path]))
     for path in {**fitted.before, **fitted.after}:

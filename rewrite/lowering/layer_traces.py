@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewrite.graph.layers import AutogradFunction
 from rewrite.graph.nodes import aten
 from rewrite.graph.regions import Region
-from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, python_dispatcher, pytree
+from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, make_fx, python_dispatcher, pytree
 
 _READS = (aten.detach.default, aten.sym_size.int)
 _NUMBERS = ("_operator", "math", "builtins")

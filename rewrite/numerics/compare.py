@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
+from rewrite.graph.copies import copied
 from rewrite.graph.program import LayerGraph, Program
 from rewrite.graph.tree import on_meta
 from rewrite.torch_private import pytree
@@ -212,7 +213,7 @@ def clone(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         for value in vars(part).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)
 
 
 @contextmanager

@@ -108,6 +108,7 @@ class _Frame:
         self.new = {n.name: n for n in self.after.graph.nodes}
         self.calls = {str(n.target) for n in self.after.graph.nodes if n.op == "call_module"}
         self.seen: set[tuple[int, int, bool]] = set()
+        self.known = self.edits.tensors | self.edits.attributes | self.edits.swept
 
     def differences(self) -> Iterator[Difference]:
         """Everything that no edit accounts for."""
@@ -179,9 +180,8 @@ class _Frame:
                 yield from self._modules(_join(path, name), before, child, free)
 
     def _module(self, path: str, old: nn.Module, new: nn.Module) -> Iterator[Difference]:
-        known = self.edits.tensors | self.edits.attributes | self.edits.swept
-        names = [*old._parameters, *old._buffers, *new._parameters, *new._buffers, *vars(new)] if known else []
-        left_out = [name for name in names if _join(path, name) in known]
+        names = [*old._parameters, *old._buffers, *new._parameters, *new._buffers, *vars(new)] if self.known else []
+        left_out = [name for name in names if _join(path, name) in self.known]
         temporary = old._non_persistent_buffers_set ^ new._non_persistent_buffers_set
         if temporary and all(_join(path, name) in self.edits.swept for name in temporary):
             left_out.append("_non_persistent_buffers_set")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import types
+from collections import OrderedDict
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -69,6 +70,10 @@ class Sameness:
             return False
         if isinstance(a, _ATOMS):
             return repr(a) == repr(b) if isinstance(a, float | complex) else bool(a == b)
+        if type(a) is tuple:  # most of what a graph holds; it holds itself only by way of something else
+            return len(a) == len(b) and all(map(self.value, a, b))
+        if type(a) in _PLAIN and not a and not b:
+            return True
         if (id(a), id(b)) in self._pairs:
             return True
         self._pairs[id(a), id(b)] = (a, b)  # kept, so that no other object takes their place in memory
@@ -76,6 +81,10 @@ class Sameness:
 
     def _compound(self, a: Any, b: Any) -> bool:
         match a:
+            case list() | tuple():
+                return len(a) == len(b) and all(map(self.value, a, b)) and self.value(_extra(a), _extra(b))
+            case Mapping():
+                return len(a) == len(b) and all(map(self.value, a, b)) and all(map(self.value, a.values(), b.values()))
             case torch.Tensor():
                 return self.tensor(a, b)
             case torch.SymInt() | torch.SymFloat() | torch.SymBool():
@@ -88,10 +97,6 @@ class Sameness:
                 return self.graphs(a, b)
             case slice():
                 return self.value((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-            case list() | tuple():
-                return len(a) == len(b) and all(map(self.value, a, b)) and self.value(_extra(a), _extra(b))
-            case Mapping():
-                return self.value(list(a), list(b)) and self.value(list(a.values()), list(b.values()))
             case set() | frozenset():
                 return a == b or self.value(sorted(a, key=repr), sorted(b, key=repr))
             case types.FunctionType():
@@ -156,6 +161,9 @@ _ATOMS = (
     torch.memory_format,
     types.BuiltinFunctionType,
 )
+
+
+_PLAIN = (list, dict, set, OrderedDict)
 
 
 def _kind(module: nn.Module) -> type:
