@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +19,19 @@ _ATOMS = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, 
 _PLAIN = (dict, set, list, OrderedDict)
 _OWN = frozenset(vars(nn.Module()))
 _HOOKS = ("__deepcopy__", "__copy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__", "__new__")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection, for making many objects that stay: a collector goes through all of them again and again
+    as they become more, and finds none that is garbage."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def copied(module: M, memo: dict[int, Any]) -> M:

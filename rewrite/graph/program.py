@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from rewrite.errors import RewriteError
 
 from .codegen import compile_graph, copy_graph
-from .copies import copied_children
+from .copies import copied_children, uncollected
 from .fakes import Fakes
 from .interface import Interface, make_forward
 from .nodes import attribute
@@ -160,7 +160,8 @@ class Program:
         memo: dict[int, Any] = {}
         if share:
             memo = {id(t): t for t in tensors_of(self.module)}
-        return replace(self, module=copy.deepcopy(self.module, memo))
+        with uncollected():
+            return replace(self, module=copy.deepcopy(self.module, memo))
 
     def layer(self, node: Node) -> nn.Module:
         """The layer that a ``call_module`` node calls."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph import meta
-from rewrite.graph.copies import copied
+from rewrite.graph.copies import copied, uncollected
 from rewrite.graph.hooks import hang, take_down
 from rewrite.graph.nodes import attribute, hint_of
 from rewrite.graph.program import LayerGraph, Program
@@ -43,6 +43,23 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     """
     _check_class(program, model)
     _check_shapes(program, model)
+    with uncollected():
+        made, layers = _built(program, model)
+    if verify:
+        take_down(made)
+        try:
+            _verify(_bare(program), made)
+        except (AttributeError, TypeError) as error:  # the class reads what a new layer does not have
+            where = ", ".join(list(layers)[:3])
+            raise RewriteError(
+                f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
+            ) from error
+    hang(made, program.properties)
+    return made
+
+
+def _built(program: Program, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The copy of the model, and the layers of the program that stand in it, by path."""
     fitted = fit(program, model)
     made = clone(model)
     places = Places(made)
@@ -60,17 +77,7 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     problem = next(unplaced(program, made, fitted), None)
     if problem is not None:
         raise RewriteError(f"your class cannot hold what the passes made of it: {problem}; save the program as .pt2")
-    if verify:
-        take_down(made)
-        try:
-            _verify(_bare(program), made)
-        except (AttributeError, TypeError) as error:  # the class reads what a new layer does not have
-            where = ", ".join(list(layers)[:3])
-            raise RewriteError(
-                f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
-            ) from error
-    hang(made, program.properties)
-    return made
+    return made, layers
 
 
 def _bare(program: Program) -> Program:

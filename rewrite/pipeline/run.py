@@ -17,6 +17,7 @@ from torch import nn
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
+from rewrite.graph.copies import uncollected
 from rewrite.graph.edit import Change, Editor
 from rewrite.graph.history import Record, Site, Verification
 from rewrite.graph.program import Program, tensors_of
@@ -82,7 +83,9 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
     given = fingerprint(_tensors(program))
     result, context, own = _run(program, step, settings)
     seconds = time.perf_counter() - began
-    if not differs(program, result):
+    with uncollected():
+        changed = differs(program, result)
+    if not changed:
         context.edit.changes.clear()
     verification: Verification | None = None
     if settings.verify:
@@ -182,7 +185,8 @@ def _run(program: Program, step: Pass, settings: Settings) -> tuple[Program, Con
         with ReadOnly(tensors_of(program.module)):
             return result, edited(result, step, settings), []
     copies: dict[int, Any] = {}
-    result = replace(program, module=copy.deepcopy(program.module, copies))
+    with uncollected():
+        result = replace(program, module=copy.deepcopy(program.module, copies))
     context = edited(result, step, settings)
     pairs = [(p, copies[id(p)]) for p in program.module.parameters() if type(p) is nn.Parameter]
     if not all(same_bytes(old, new) for old, new in pairs):
