@@ -14,6 +14,7 @@ from rewrite.analysis.streams import streams_of
 from rewrite.graph.layers import BiasedRMSNorm, TransposedLinear
 from rewrite.graph.nodes import attribute
 from rewrite.pipeline.centering import Centering
+from rewrite.pipeline.norm_formulas import norm_formula
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import NEW, SAME, Contract
@@ -124,16 +125,7 @@ class RMSNorm(Pass):
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """x / √(mean x² + eps), times weight, plus bias, written out."""
-        (x,) = inputs
-        assert isinstance(new, nn.RMSNorm)
-        assert new.eps is not None
-        axis, offset = getattr(new, "channel_axis", -1), getattr(new, "offset", 0.0)
-        dims = tuple(range(-len(new.normalized_shape), 0))
-        moved = x.movedim(axis, -1)
-        y = moved / (moved.square().mean(dims, keepdim=True) + new.eps).sqrt()
-        y = y if new.weight is None else y * (new.weight + offset)
-        bias = getattr(new, "bias", None)
-        return (y if bias is None else y + bias).movedim(-1, axis)
+        return norm_formula(new, inputs[0])
 
 
 def _on_centered_streams(chosen: list[Norm], centering: Centering, program: Program, context: Context) -> list[Norm]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from rewrite.graph.layers import Scale
 from rewrite.graph.nodes import aten, call_arguments, hint_of, packet, tensor_value
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
@@ -121,7 +122,7 @@ _POOLS = (
 
 
 def _by_layer(layer: nn.Module, node: Node, operand: Node, axis: int) -> int | None:
-    if is_carrier(layer):
+    if is_carrier(layer) or isinstance(layer, Scale):
         return axis
     if isinstance(layer, _POOLS) and axis <= 1:
         return axis

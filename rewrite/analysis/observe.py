@@ -32,16 +32,18 @@ def observe(
     *,
     progress: Progress = lambda done, total: None,
     seed: int = 0,
+    axis: int | None = None,
 ) -> dict[Watched, Any]:
     """Run a program on data once, and show the values of chosen nodes to a reducer each: the reducers by their nodes.
 
     ``nodes`` maps a node, or a tuple of nodes, to the reducer whose ``update`` is given their values; nodes alone get
-    ``Moments``. ``data`` is what ``Data.of`` takes. The program runs in evaluation, without gradients, as far as the last
-    of the nodes; memory does not grow with the data. Parameters, buffers, data and the random state stay as they were.
+    ``Moments`` of all their numbers, or along ``axis``. ``data`` is what ``Data.of`` takes. The program runs in evaluation,
+    without gradients, as far as the last of the nodes; memory does not grow with the data. Parameters, buffers, data and
+    the random state stay as they were.
 
     Raises RewriteError for data that is empty or does not fit the program, and for a program on the meta device.
     """
-    chosen = nodes if isinstance(nodes, Mapping) else {node: Moments() for node in nodes}
+    chosen = nodes if isinstance(nodes, Mapping) else {node: Moments(axis) for node in nodes}
     _run(program, chosen, data, lambda viewer, call, number: viewer.show(call, number, seed), progress, seed)
     return dict(chosen)
 

@@ -70,6 +70,20 @@ class TransposedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class Scale(nn.Module):
+    """y = factor · x, a number that is not trained."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor:g}"
+
+
 class BiasedRMSNorm(nn.RMSNorm):
     """y = (offset + weight) · x / √(mean x² + eps) + bias over the last axes, or over axis 1 for ``channel_axis`` 1.
 

@@ -6,7 +6,7 @@ Only what ignores the mean may read the stream, so the function stays the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,8 +106,7 @@ class Centering:
     def _keep(self, stream: Stream, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> None:
         """Center at every call: each writer that is read before a dropout centers it, each dropout, each offset."""
         dropouts = [n for n in stream.values if isinstance(self.writers.uses.layer(n), _DropoutNd)]
-        read = {reader.value for reader in stream.readers}
-        open_ends = [w for w in stream.writers if self._is_read(w, stream, set(dropouts), read)]
+        open_ends = [w for w in stream.writers if is_read(w, stream, dropouts)]
         by_path: dict[str, list[Node]] = {}
         for node in [*open_ends, *dropouts, *stream.offsets]:
             layer, axis = self.writers.uses.layer(node), stream.values[node]
@@ -122,19 +121,6 @@ class Centering:
         for path, calls in by_path.items():
             layer = self.program.module.get_submodule(path)
             self.edit.replace_layer(path, like(layer, kinds[type(layer)]), calls)
-
-    def _is_read(self, writer: Node, stream: Stream, dropouts: set[Node], read: set[Node]) -> bool:
-        """Whether something reads what a writer wrote before a dropout has centered it."""
-        ahead, seen = [writer], set[Node]()
-        while ahead:
-            node = ahead.pop()
-            if node in seen or node in dropouts:
-                continue
-            if node in read:
-                return True
-            seen.add(node)
-            ahead += [user for user in node.users if user in stream]
-        return False
 
     def _bake(self, plan: Written, done: set[int]) -> None:
         if plan.scale is not None:
@@ -151,6 +137,22 @@ class Centering:
             done.add(id(attribute(self.program.module, path)))
         if plan.scale is not None:
             self.edit.remove_unused([plan.scale], named(plan.node), "LayerScale folded")
+
+
+def is_read(writer: Node, stream: Stream, stops: Collection[Node], passed: Collection[Node] = ()) -> bool:
+    """Whether something (the readers ``passed`` left aside) reads what a writer wrote to a stream before it went through
+    one of the values ``stops``."""
+    read = {reader.value for reader in stream.readers if reader.node not in passed}
+    ahead, seen = [writer], set(stops)
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        if node in read:
+            return True
+        seen.add(node)
+        ahead += [user for user in node.users if user in stream]
+    return False
 
 
 def _centered(tensor: torch.Tensor, gain: torch.Tensor | None = None, *, axis: int) -> torch.Tensor:

@@ -17,6 +17,8 @@ from rewrite.analysis.unseen import unseen_text
 from rewrite.errors import RewriteError
 from rewrite.graph.layers import BiasedRMSNorm
 
+from .norm_formulas import norm_formula
+
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
 
@@ -84,17 +86,9 @@ def _fitted(step: Pointwise, norm: Norm, fit: Fit) -> nn.Module | None:
 def reference_of(step: Pointwise, new: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """weight * f(x) + bias with f of ``step.value``, channels moved to the end and back; of a fallback, the RMSNorm."""
     if isinstance(new, nn.RMSNorm):
-        return _rms_norm(new, x)
+        return norm_formula(new, x)
     assert isinstance(new, PointwiseLayer)
     y = step.value(new, x.movedim(new.channel_axis, -1))
     y = y * new.weight if new.weight is not None else y
     y = y + new.bias if new.bias is not None else y
     return y.movedim(-1, new.channel_axis)
-
-
-def _rms_norm(new: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    eps = torch.finfo(x.dtype).eps if new.eps is None else new.eps
-    axes = tuple(range(-len(new.normalized_shape), 0))
-    y = x / (x.square().mean(axes, keepdim=True) + eps).sqrt()
-    y = y * new.weight if new.weight is not None else y
-    return y if not isinstance(new, BiasedRMSNorm) or new.bias is None else y + new.bias

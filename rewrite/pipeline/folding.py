@@ -1,0 +1,118 @@
+"""Folding an affine map of the channels into the linear maps that read it: W (a ∘ n + b) + c = (W diag(a)) n + (c + W b)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.analysis.linears import Layout, Linear, Readers, Rows, linear_of, readers
+from rewrite.analysis.uses import Uses
+from rewrite.analysis.writers import named
+from rewrite.graph.nodes import attribute
+
+if TYPE_CHECKING:
+    from rewrite.graph.edit import Editor
+    from rewrite.graph.program import Program
+
+Vector = Callable[..., torch.Tensor]
+"""From tensors of the model to one number a channel."""
+
+
+class NormReaders:
+    """Who reads the values of norms, how often each layer is called, and which tensors are shared."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.uses = Uses(program)
+        self.tensors = Readers(program)
+
+    def linears(self, node: Node) -> list[Linear]:
+        """The linear maps that read a value, each once."""
+        found = {reader: linear_of(self.program, reader) for reader, _ in readers(node)}
+        return [linear for linear in found.values() if linear is not None]
+
+    def obstacle(self, node: Node, *, shifted: bool) -> str:
+        """Why nothing can be folded into what reads a value, a shift neither where ``shifted``; empty if it can."""
+        return next(filter(None, (self._reader(*pair, shifted) for pair in readers(node))), "")
+
+    def _reader(self, reader: Node, source: Node, shifted: bool) -> str:
+        linear = linear_of(self.program, reader)
+        if linear is None or linear.source is not source:
+            return f"{named(reader)} reads it, which is no linear layer"
+        folded = [*linear.weight, *(linear.bias if shifted else ())]
+        shared = next(filter(None, (self._shared(rows, reader) for rows in folded)), "")
+        if shared:
+            return f"{named(reader)}, which reads it, {shared}"
+        if shifted and not linear.bias:
+            return f"{named(reader)}, which reads it, has no bias to take its own"
+        return ""
+
+    def _shared(self, rows: Rows, reader: Node) -> str:
+        """Why a tensor that a linear map uses cannot be changed for it alone."""
+        tensor = attribute(self.program.module, rows.path)
+        if not isinstance(tensor, nn.Parameter):
+            return f"has {rows.path or 'a constant'} in its bias, which is no parameter"
+        other = next((name for name in self.uses.names(tensor) if name != rows.path), None)
+        if other is not None:
+            return f"shares its {rows.path.rpartition('.')[2]} with {other}"
+        others = [node for node, _ in self.tensors.of(rows) if node is not reader]
+        if not others:
+            return ""
+        return "is called elsewhere too" if reader.op == "call_module" else f"shares {rows.path} with {others[0].name}"
+
+
+def fold_shift(edit: Editor, linears: Sequence[Linear], shift: Vector, *sources: str) -> None:
+    """c becomes c + W b for b = shift(sources), with the weights as they are now: fold it before a gain."""
+    for linear in linears:
+        weights = [rows.path for rows in linear.weight]
+        start = 0
+        for rows in linear.bias:
+            compute = _Shifted(rows, start, linear.weight, linear.layout, shift, len(sources))
+            edit.set_parameter(rows.path, compute, rows.path, *sources, *weights)
+            start += rows.size
+
+
+def fold_gain(edit: Editor, linears: Sequence[Linear], gain: Vector, *sources: str) -> None:
+    """W becomes W diag(a) for a = gain(sources), which may also be one number."""
+    for linear in linears:
+        for rows in linear.weight:
+            edit.set_parameter(rows.path, _Scaled(rows, linear.layout, gain), rows.path, *sources)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """W diag(a), in the rows of W that the linear map uses."""
+
+    rows: Rows
+    layout: Layout
+    gain: Vector
+
+    def __call__(self, weight: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        whole = weight if self.layout == "out_in" else weight.t()
+        folded = whole[self.rows.start : self.rows.stop] * self.gain(*sources)
+        whole = torch.cat([whole[: self.rows.start], folded, whole[self.rows.stop :]])
+        return whole if self.layout == "out_in" else whole.t().contiguous()
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """c + W b, in the rows of c that the linear map uses, the ones from ``start`` on of its own."""
+
+    rows: Rows
+    start: int
+    weights: tuple[Rows, ...]
+    layout: Layout
+    shift: Vector
+    count: int
+
+    def __call__(self, bias: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        shift, weights = self.shift(*tensors[: self.count]), tensors[self.count :]
+        used = (w if self.layout == "out_in" else w.t() for w in weights)
+        weight = torch.cat([w[part.start : part.stop] for w, part in zip(used, self.weights, strict=True)])
+        moved = bias[self.rows.start : self.rows.stop] + (weight @ shift)[self.start : self.start + self.rows.size]
+        return torch.cat([bias[: self.rows.start], moved, bias[self.rows.stop :]])
