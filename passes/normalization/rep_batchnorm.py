@@ -74,6 +74,8 @@ class RepBatchNorm(RunningNorm):
         return scale + alpha, bias - scale * mean
 
     def unsettled(self) -> str:
+        if self.steps.is_meta:
+            return "its schedule is not known to be over: it has no values"
         steps = int(self.steps)
         return "" if steps >= self.total else f"its schedule is not over: step {steps} of {self.total}"
 

@@ -48,7 +48,8 @@ class LocalProof:
 
     def __post_init__(self) -> None:
         self.claims = Claims.of(self.before, self.after)
-        self._withdraw([(old, new) for new, old in self.claims.partner.items() if new.name in self.moved])
+        moved = (new for new in self.claims.partner if new.name in self.moved and new.op != "placeholder")
+        self._withdraw([(self.claims.partner[new], new) for new in moved])
         origin = World.of(self.before.module)
         self.worlds = (origin, World.of(self.after.module, self.maps, origin))
         self.tape = Tape(self.before, dict(variants(self.before, self.seed)), self.seed)
@@ -113,10 +114,10 @@ def _borders(cuts: Iterable[Cut]) -> frozenset[Node]:
 
 
 def _downstream(pair: Pair, claims: Claims, steps: int) -> Iterator[Pair]:
-    """The claims about what follows a pair, within some nodes."""
+    """The claims about what follows a pair, within some nodes; inputs are the same whatever is rewired to them."""
     reached, level = {pair[1]}, [pair[1]]
     while level and steps > 0:
         level = [user for node in level for user in node.users if user not in reached]
         reached |= set(level)
         steps -= len(level)
-    yield from ((claims.partner[node], node) for node in reached if node in claims.partner)
+    yield from ((claims.partner[node], node) for node in reached if node in claims.partner and node.op != "placeholder")

@@ -119,3 +119,18 @@ def test_training_is_said_to_be_another() -> None:
     result, _ = folded(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), torch.randn(2, 3, 4, 4))
     assert result.history[-1].contract.endswith("evaluation only")
     assert result.history[-1].warnings == ("1 norms no longer take statistics in training: fold a model that is trained",)
+
+
+class Skipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def test_a_norm_of_an_input_that_a_skip_reads_too() -> None:
+    """Its fold rewires to the input itself, whose value no proof may doubt."""
+    result, _ = folded(Skipped(), torch.randn(5, 4))
+    assert norms(result) == []
