@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from rewrite.torch_private import _BatchNorm
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
+    from rewrite.proof.part import Part
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class BatchChannelNorm(Pass):
         like = value if site.layer.weight is None else site.layer.weight
         groups = math.gcd(channels, self.groups)
         return nn.GroupNorm(groups, channels, site.layer.eps, device=like.device, dtype=like.dtype)
+
+    def formula(self, part: Part, *inputs: torch.Tensor) -> Any:
+        """Behind the BatchNorm itself where that is in the part: an activation writes into its value in place."""
+        if len(part.new) != 2:
+            return super().formula(part, *inputs)
+        norm, behind = part.new.values()
+        return self.reference(None, behind, norm(inputs[0]))
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Each sample's groups of channels as rows."""

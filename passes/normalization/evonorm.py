@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from rewrite.torch_private import _BatchNorm
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
+    from rewrite.proof.part import Part
 
 
 class EvoNorm(nn.Module):
@@ -118,6 +119,13 @@ class EvoNormPass(Replacing):
         (activation,) = place.node.users
         context.edit.replace_layer(place.path, layer)
         context.edit.replace_layer(str(activation.target), nn.Identity(), [activation])
+
+    def formula(self, part: Part, *inputs: torch.Tensor) -> Any:
+        """Of norm and identity together where the activation was in place: the value of both."""
+        if len(part.new) != 2:
+            return super().formula(part, *inputs)
+        y = self.reference(None, next(iter(part.new.values())), *inputs)
+        return y, y
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Both forms on rows of positions, and the identity in the activation's place."""

@@ -457,7 +457,7 @@ class ResidualConvolutions(nn.Module):
         super().__init__()
         self.stem, self.conv1, self.conv2 = (nn.Conv2d(DIM, DIM, 3, padding=1, bias=False) for _ in range(3))
         self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(DIM) for _ in range(3))
-        self.act0, self.act1, self.act2 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.act0, self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(), nn.ReLU()
         self.head = nn.Linear(DIM, 3)
 
     def forward(self, x: Tensor) -> Tensor:
