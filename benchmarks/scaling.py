@@ -211,6 +211,13 @@ def pass_steps(size: int, proven: int) -> Iterator[Step]:
             editor.rewire(call, made, users=lambda user, made=made: user is not made)
 
     yield "insert and rewire each", insert
+
+    def insert_layers() -> None:
+        for i, call in enumerate(calls):
+            made = editor.insert_layer(f"blocks.{i}.after", nn.ReLU(), [call], after=call)
+            editor.rewire(call, made, users=lambda user, made=made: user is not made)
+
+    yield "insert and rewire a layer each", insert_layers
     yield "the frame of these", lambda: frame(program, copied, editor.changes)
     yield "structure and kept of these", lambda: list(structure(program, copied, editor.changes))
     results: list[Program] = []
