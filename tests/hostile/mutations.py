@@ -151,10 +151,13 @@ def mutated_entries(draw: Draw, entries: list[tuple[str, bytes]]) -> list[tuple[
 
 
 def _inside(draw: Draw, name: str, data: bytes) -> bytes:
-    if name.endswith(".pkl"):
-        return mutated_pickle(draw, data)
-    if name.endswith(".json"):
-        return as_text(mutated_json(draw, json.loads(data)))
+    try:
+        if name.endswith(".pkl"):
+            return mutated_pickle(draw, data)
+        if name.endswith(".json"):
+            return as_text(mutated_json(draw, json.loads(data)))
+    except ValueError:
+        pass  # another entry's content was put there before
     return mutated_bytes(draw, data)
 
 
