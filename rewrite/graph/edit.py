@@ -410,8 +410,11 @@ class Editor:
         if len(self.changes) != self._seen:
             self._seen = len(self.changes)
             names = (name for c in self.changes for name in c.nodes)
-            paths = (c.path.rpartition(".")[0] if c.kind == "set parameter" else c.path for c in self.changes)
-            self._edited = frozenset(names), frozenset(paths)
+            paths = {c.path for c in self.changes if c.kind != "set parameter"}
+            tensors = {c.path for c in self.changes if c.kind == "set parameter"}
+            shared = [names for names in names_of_tensors(self.program.module).values() if not tensors.isdisjoint(names)]
+            holders = {name.rpartition(".")[0] for name in (*tensors, *(n for names in shared for n in names))}
+            self._edited = frozenset(names), frozenset(paths | holders)
         return node.name in self._edited[0] or (node.op == "call_module" and node.target in self._edited[1])
 
     def _refitted(self, node: Node) -> Any:

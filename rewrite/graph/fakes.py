@@ -78,7 +78,7 @@ def _infer(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None, kno
         if mode is None or not isinstance(target, nn.Module):
             return target(*args, **kwargs)
         state = {name: known.like(t, mode) for name, t in [*target.named_parameters(), *target.named_buffers()]}
-        with _evaluating(target):
+        with evaluating(target):
             return torch.func.functional_call(target, state, args, kwargs)
 
 
@@ -148,7 +148,7 @@ def _size(size: Any) -> Hashable:
 
 
 @contextmanager
-def _evaluating(layer: nn.Module) -> Iterator[None]:
+def evaluating(layer: nn.Module) -> Iterator[None]:
     """The layer in evaluation mode: in training some read data, which fake tensors do not have."""
     modes = {part: part.training for part in layer.modules()}
     layer.eval()

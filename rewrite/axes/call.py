@@ -1,0 +1,248 @@
+"""One call as a rule sees it: the dimensions of its arguments, the sizes of its value, and what can be noted about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewrite.graph.nodes import attribute, hint_of
+
+from .dims import Conflict, Dim, cut, product, split, unify
+
+Axes = list[Dim]
+"""The dimensions of a tensor, one for each axis."""
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number in a graph that is the size of a dimension: in the argument of a node, at a place in it if that is a list."""
+
+    node: Node
+    argument: str
+    place: int | None
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A plain attribute of a layer that is the size of a dimension, such as ``groups``."""
+
+    path: str
+    name: str
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Place:
+    """One axis of one parameter or buffer, with what it does there: out, in, elementwise, rows, columns, kernel, ..."""
+
+    path: str
+    axis: int
+    role: str
+    dim: Dim
+
+
+@dataclass
+class Notes:
+    """What the walk over a program gathers."""
+
+    literals: list[Literal] = field(default_factory=list)
+    attributes: list[Attribute] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    unknown: dict[str, None] = field(default_factory=dict)
+    tensors: dict[int, Axes] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+
+    def axes_of(self, tensor: torch.Tensor) -> Axes:
+        """The dimensions of a parameter or buffer, the same for all that share it."""
+        if id(tensor) not in self.tensors:
+            self.tensors[id(tensor)] = [Dim(size) for size in tensor.shape]
+        return self.tensors[id(tensor)]
+
+    def place(self, tensor: torch.Tensor, axis: int, role: str) -> None:
+        """Note what an axis of a parameter or buffer does."""
+        axes, name = self.axes_of(tensor), self.names.get(id(tensor))
+        if name is None:
+            axes[axis].freeze("a constant has this size")
+            return
+        self.places.append(Place(name, axis % max(len(axes), 1), role, axes[axis]))
+
+
+class Call:
+    """A node with its arguments by name and the dimensions of the tensors among them."""
+
+    def __init__(
+        self, node: Node, named: Mapping[str, Any], known: Mapping[Node, Any], notes: Notes, module: nn.Module, inside: bool
+    ) -> None:
+        self.node = node
+        self.named = named
+        self.known = known
+        self.notes = notes
+        self.module = module
+        self.inside = inside
+
+    # ---- what is there
+
+    def axes(self, argument: Any) -> Axes:
+        """The dimensions of a tensor argument, by its name or itself; none for a number."""
+        value = self.named.get(argument) if isinstance(argument, str) else argument
+        found = self.known.get(value) if isinstance(value, Node) else None
+        return list(found) if isinstance(found, list) and all(isinstance(d, Dim) for d in found) else []
+
+    def has(self, argument: str) -> bool:
+        """Whether a tensor argument is given."""
+        return isinstance(self.named.get(argument), Node)
+
+    def tensor_of(self, value: Any) -> torch.Tensor | None:
+        """The parameter or buffer that an argument reads, None where it is none."""
+        found = attribute(self.module, str(value.target)) if isinstance(value, Node) and value.op == "get_attr" else None
+        return found if isinstance(found, torch.Tensor) else None
+
+    def tensors(self) -> Iterator[tuple[Node, Axes]]:
+        """Every tensor that the node reads."""
+        for node in self.node.all_input_nodes:
+            found = self.known.get(node)
+            if isinstance(found, list) and all(isinstance(d, Dim) for d in found):
+                yield node, found
+
+    @property
+    def sizes(self) -> list[int]:
+        """The example's sizes of the value, of the first part where there are several."""
+        return self.all_sizes[0] if self.all_sizes else []
+
+    @property
+    def all_sizes(self) -> list[list[int]]:
+        """The example's sizes of each part of the value."""
+        value = self.node.meta.get("val")
+        parts = value if isinstance(value, list | tuple) else [value]
+        return [_hints(part) for part in parts if isinstance(part, torch.Tensor)]
+
+    def number(self, name: str) -> int | None:
+        """An argument that is a plain number."""
+        found = self.named.get(name)
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+    # ---- what is found out
+
+    def unify(self, a: Dim, b: Dim) -> Dim:
+        """Make two dimensions one; where they do not fit each other, both are rigid."""
+        try:
+            unify(a, b)
+        except Conflict as conflict:
+            self.freeze([a, b], str(conflict))
+        return a
+
+    def split(self, dim: Dim, lead: int) -> tuple[Dim, Dim]:
+        """Both factors of a dimension; where it cannot be split, rigid ones of these sizes."""
+        try:
+            return split(dim, lead)
+        except Conflict as conflict:
+            self.freeze([dim], str(conflict))
+            return self.rigid(lead, str(conflict)), self.rigid(max(dim.size // max(lead, 1), 1), str(conflict))
+
+    def cut(self, dim: Dim, sizes: Sequence[int]) -> Axes:
+        """The parts of a dimension; where it cannot be cut so, rigid ones of these sizes."""
+        try:
+            return cut(dim, sizes)
+        except Conflict as conflict:
+            self.freeze([dim], str(conflict))
+            return [self.rigid(size, str(conflict)) for size in sizes]
+
+    def freeze(self, dims: Sequence[Dim], reason: str) -> None:
+        """Note that these cannot change."""
+        for dim in dims:
+            dim.freeze(f"{self.node.name}: {reason}")
+
+    def rigid(self, size: int, reason: str) -> Dim:
+        """A new dimension that cannot change."""
+        return Dim(size, f"{self.node.name}: {reason}")
+
+    def literal(self, argument: str, place: int | None, dim: Dim) -> None:
+        """Note that a number in an argument is the size of a dimension."""
+        given = self.named.get(argument)
+        value = given[place] if place is not None and isinstance(given, list | tuple) else given
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            return
+        if self.inside:
+            self.freeze([dim], "a number in a part that is kept whole")
+            return
+        self.notes.literals.append(Literal(self.node, argument, place, dim))
+
+    def attribute(self, path: str, name: str, dim: Dim) -> None:
+        """Note that a layer's attribute is the size of a dimension."""
+        self.notes.attributes.append(Attribute(path, name, dim))
+
+    def role(self, tensor: torch.Tensor, axis: int, role: str) -> None:
+        """Note what an axis of a parameter or buffer does here."""
+        self.notes.place(tensor, axis, role)
+
+    # ---- what many rules need
+
+    def broadcast(self, given: Sequence[Axes], sizes: Sequence[int]) -> Axes:
+        """The dimensions of tensors that are broadcast against each other, those of one axis made one."""
+        found: list[Dim | None] = [None] * len(sizes)
+        for axes in given:
+            for i, dim in enumerate(axes, len(sizes) - len(axes)):
+                if i < 0 or dim.size != sizes[i] or (dim.size == 1 and found[i] is not None):
+                    continue
+                other = found[i]
+                found[i] = dim if other is None else self.unify(other, dim)
+        return [d if d is not None else self.rigid(s, "no argument has it") for d, s in zip(found, sizes, strict=True)]
+
+    def reshaped(self, axes: Sequence[Dim], sizes: Sequence[int]) -> Axes:
+        """The dimensions after a reshape: axes are matched where products of sizes meet."""
+        found: Axes = []
+        ahead = [dim for dim in axes if dim.size != 1]
+        for size in sizes:
+            if size == 1:
+                found.append(Dim(1))
+                continue
+            taken: Axes = []
+            missing = size
+            while missing > 1 and ahead:
+                dim = ahead.pop(0)
+                if missing % dim.size == 0:
+                    taken.append(dim)
+                    missing //= dim.size
+                elif dim.size % missing == 0:
+                    first, rest = self.split(dim, missing)
+                    taken.append(first)
+                    ahead.insert(0, rest)
+                    missing = 1
+                else:
+                    return self._torn(axes, sizes)
+            if missing > 1:
+                return self._torn(axes, sizes)
+            found.append(product(taken))
+        return found
+
+    def _torn(self, axes: Sequence[Dim], sizes: Sequence[int]) -> Axes:
+        reason = f"a reshape of {[d.size for d in axes]} to {list(sizes)} tears dimensions"
+        self.freeze(axes, reason)
+        return [self.rigid(size, reason) for size in sizes]
+
+    def unruled(self, what: str) -> Any:
+        """What nothing is known about: all dimensions rigid, those of the arguments and those of the value."""
+        self.notes.unknown.setdefault(what)
+        for _, axes in self.tensors():
+            self.freeze(axes, f"{what} has no rule")
+        parts = [[self.rigid(size, f"{what} has no rule") for size in sizes] for sizes in self.all_sizes]
+        return parts if isinstance(self.node.meta.get("val"), list | tuple) else parts[0] if parts else None
+
+
+def _hints(value: torch.Tensor) -> list[int]:
+    try:
+        return [hint_of(size) for size in value.shape]
+    except (TypeError, ValueError, AttributeError):  # a size that depends on data has no example
+        return [1 if not isinstance(size, int) else size for size in value.shape]
+
+
+def parameters_of(layer: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that a layer holds."""
+    yield from layer.parameters()
+    yield from layer.buffers()

@@ -1,0 +1,121 @@
+"""Resizing dimensions: every tensor, number and attribute along them changes by one rule, through the editor.
+
+A resize gives each atom a vector: for each new entry the number of the old one that it is, or -1 for a new one. Growing,
+pruning, reordering and doubling are the same call. New rows of a tensor are 0, or what ``fill`` draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rewrite.errors import RewriteError
+from rewrite.graph.edit import Editor
+from rewrite.graph.nodes import attribute, call_arguments
+
+from .analyze import analyze
+from .call import Literal, Place
+from .dims import Dim, Vector, size_of, vector_of
+from .table import Table
+
+Fill = Callable[[str, torch.Tensor, Sequence[Place], tuple[int, ...]], torch.Tensor | None]
+"""(name, the old tensor, its places, the new shape) -> what its new entries are taken from, of the new shape; None for 0."""
+
+
+@dataclass(frozen=True)
+class Resized:
+    """The map of one tensor: entries along each changed axis picked by number, new ones from ``new`` or 0."""
+
+    vectors: tuple[tuple[int, tuple[int, ...]], ...]
+    new: torch.Tensor | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The new tensor."""
+        kept = torch.ones((), dtype=torch.bool, device=tensor.device)
+        for axis, vector in self.vectors:
+            places = torch.tensor(vector, device=tensor.device)
+            tensor = tensor.index_select(axis, places.clamp_min(0))
+            shape = [-1 if i == axis else 1 for i in range(tensor.dim())]
+            kept = kept & (places >= 0).reshape(shape)
+        other = torch.zeros_like(tensor) if self.new is None else self.new.to(tensor)
+        return torch.where(kept, tensor, other)
+
+
+def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill = lambda *_: None) -> None:
+    """Give dimensions other entries, everywhere. ``chosen`` maps atoms to vectors.
+
+    Raises RewriteError for a dimension that cannot change, with the reason, and where a value does not fit afterwards.
+    """
+    for dim in chosen:
+        if dim.rigid:
+            raise RewriteError(f"{table.name_of(dim)} cannot change its size: {dim.rigid}")
+    _parameters(edit, table, chosen, fill)
+    for node in dict.fromkeys(literal.node for literal in table.literals):
+        _numbers(edit, [literal for literal in table.literals if literal.node is node], chosen)
+    for found in table.attributes:
+        size = size_of(found.dim, chosen)
+        if size != found.dim.size:
+            edit.set_attribute(found.path, found.name, size)
+
+
+def _parameters(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill) -> None:
+    by_path: dict[str, dict[int, Place]] = {}
+    for place in table.places:
+        by_path.setdefault(place.path, {}).setdefault(place.axis, place)
+    for path, places in by_path.items():
+        tensor = attribute(edit.program.module, path)
+        vectors = {axis: tuple(vector_of(place.dim, chosen)) for axis, place in places.items()}
+        changed = {axis: v for axis, v in vectors.items() if list(v) != list(range(tensor.shape[axis]))}
+        if changed:
+            shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
+            along = [place for place in table.places if place.path == path]
+            made = Resized(tuple(sorted(changed.items())), fill(path, tensor, along, shape))
+            edit.set_parameter(path, made, path)
+
+
+def _numbers(edit: Editor, literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> None:
+    node = literals[0].node
+    arguments = call_arguments(node)
+    for argument in dict.fromkeys(literal.argument for literal in literals):
+        given = arguments[argument]
+        value = list(given) if isinstance(given, list | tuple) else given
+        for literal in literals:
+            if literal.argument != argument:
+                continue
+            size = size_of(literal.dim, chosen)
+            if isinstance(value, list) and literal.place is not None:
+                value[literal.place] = size
+            else:
+                value = size
+        if value != (list(given) if isinstance(given, list | tuple) else given):
+            edit.set_literal(node, argument, value)
+
+
+def primes(table: Table) -> dict[Dim, list[int]]:
+    """For each resizable dimension a vector of a prime length of its own, the next ones above its size."""
+    taken: set[int] = set()
+    found = {}
+    for dim in table.resizable.values():
+        size = next(n for n in range(dim.size + 1, 10**9) if n not in taken and _is_prime(n))
+        taken.add(size)
+        found[dim] = [*range(dim.size), *[-1] * (size - dim.size)]
+    return found
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % i for i in range(2, int(number**0.5) + 1))
+
+
+def check(edit: Editor) -> int:
+    """Set every resizable dimension of a program to a prime of its own and infer all values anew; how many there were.
+
+    It finds every missed tie, number and offset at once. Raises RewriteError for the first value that does not fit.
+    """
+    table = analyze(edit.program)
+    chosen = primes(table)
+    resize(edit, table, chosen)
+    edit.follow()
+    edit.revalue()
+    return len(chosen)

@@ -1,0 +1,172 @@
+"""The table of a program's dimensions: each with a readable name, its uses, and every place that lies along it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from rewrite.analysis.branches import Branch, branches
+from rewrite.analysis.streams import Stream, streams
+from rewrite.graph.program import Program
+
+from .call import Attribute, Literal, Notes, Place
+from .dims import Dim, written
+
+
+@dataclass(frozen=True)
+class Table:
+    """The dimensions of a program.
+
+    ``named`` are the atoms that reach a parameter, by name; ``places`` the axes of parameters and buffers, ``literals``
+    and ``attributes`` the numbers that say a size; ``values`` the dimensions of each node's value. ``unknown`` are the
+    operators and layers that no rule is known for.
+    """
+
+    named: Mapping[str, Dim]
+    places: tuple[Place, ...]
+    literals: tuple[Literal, ...]
+    attributes: tuple[Attribute, ...]
+    values: Mapping[Node, Any]
+    unknown: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        names = {dim: name for name, dim in self.named.items()}
+        object.__setattr__(self, "_names", names)
+        along: dict[Dim, list[Place]] = {}
+        for place in self.places:
+            for atom in place.dim.atoms():
+                along.setdefault(atom, []).append(place)
+        object.__setattr__(self, "_along", along)
+
+    def places_of(self, dim: Dim) -> list[Place]:
+        """The axes of parameters and buffers that lie along a dimension, or one of whose factors or parts it is."""
+        along: Mapping[Dim, list[Place]] = self._along  # type: ignore[attr-defined]
+        return [place for atom in dim.atoms() for place in along.get(atom, ())]
+
+    def name_of(self, dim: Dim) -> str:
+        """A dimension in words: `ffn.0`, `heads.0 x head_dim.0`, `(q + k)`."""
+        return written(dim, self._names)  # type: ignore[attr-defined]
+
+    @property
+    def resizable(self) -> dict[str, Dim]:
+        """The dimensions whose size can be changed."""
+        return {name: dim for name, dim in self.named.items() if not dim.rigid and dim.size > 1}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: each dimension with its size, uses, reason not to change, and places."""
+        return {
+            "dimensions": [
+                {
+                    "name": name,
+                    "size": dim.size,
+                    "rigid": dim.rigid,
+                    "uses": sorted(dim.uses),
+                    "places": [
+                        {"path": p.path, "axis": p.axis, "role": p.role, "is": self.name_of(p.dim)}
+                        for p in dict.fromkeys(self.places_of(dim))
+                    ],
+                }
+                for name, dim in self.named.items()
+            ],
+            "unknown": list(self.unknown),
+        }
+
+
+def tabulated(program: Program, notes: Notes, values: Mapping[Node, Any]) -> Table:
+    """The table of what a walk gathered."""
+    names: dict[Dim, str] = {}
+    for dim, name in itertools.chain(_by_structure(program, notes, values), _by_place(program, notes)):
+        if dim.size > 1:
+            names.setdefault(dim.root(), name)
+    order = {dim: i for i, dim in enumerate(names)}
+    found: dict[str, Dim] = {}
+    for dim in sorted(names, key=order.__getitem__):
+        found[_free(names[dim], found)] = dim
+    places = tuple(dict.fromkeys(notes.places))
+    return Table(found, places, tuple(notes.literals), tuple(notes.attributes), values, tuple(notes.unknown))
+
+
+def _free(name: str, taken: Mapping[str, Dim]) -> str:
+    if name not in taken:
+        return name
+    return next(n for i in itertools.count(1) if (n := f"{name}.{i}") not in taken)
+
+
+def _by_structure(program: Program, notes: Notes, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:
+    """What the streams and branches tell: hidden sizes, FFNs, heads."""
+    flows = streams(program)
+    for stream in flows:
+        yield from _hidden(stream, values, len(flows) > 1)
+    for branch in branches(program, flows):
+        if branch.kind in ("attention", "cross-attention"):
+            yield from _heads(branch, values)
+        elif branch.kind in ("ffn", "gated ffn"):
+            yield from _ffn(branch, values)
+
+
+def _hidden(stream: Stream, values: Mapping[Node, Any], several: bool) -> Iterator[tuple[Dim, str]]:
+    node, axis = next(iter(stream.values.items()))
+    axes = values.get(node)
+    if isinstance(axes, list) and len(axes) > axis:
+        for atom in axes[axis].atoms():
+            yield atom, "hidden"
+
+
+def _ffn(branch: Branch, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:
+    for node in branch.parts.first:
+        for dim in _last(values.get(node)):
+            for atom in dim.atoms():
+                yield atom, f"ffn.{branch.layer}"
+
+
+def _heads(branch: Branch, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:
+    """A projection's output as heads x head_dim; where query heads share a key head, as kv_heads x group x head_dim."""
+    for node in branch.parts.first:
+        for dim in _last(values.get(node)):
+            for segment in dim.segments():
+                yield from _head_factors(segment, branch.layer)
+
+
+def _head_factors(segment: Dim, layer: int) -> Iterator[tuple[Dim, str]]:
+    factors = [f for f in segment.factors() if f.kind == "atom"]
+    if "score" in factors[-1].uses if factors else False:
+        yield factors[-1], f"head_dim.{layer}"
+    elif len(factors) > 1:
+        yield factors[-1], f"value_dim.{layer}"
+    heads = [f for f in factors[:-1] if "batch" in f.uses]
+    if len(heads) == 1:
+        yield heads[0], f"heads.{layer}"
+    elif len(heads) == 2:
+        yield heads[0], f"kv_heads.{layer}"
+        yield heads[1], f"group.{layer}"
+
+
+def _last(axes: Any) -> list[Dim]:
+    return [axes[-1]] if isinstance(axes, list) and axes and isinstance(axes[-1], Dim) else []
+
+
+def _by_place(program: Program, notes: Notes) -> Iterator[tuple[Dim, str]]:
+    """What is left: vocabularies and positions by their tables, channels of convolutions, all others by number."""
+    channels, others = itertools.count(), itertools.count()
+    for place in notes.places:
+        layer = _layer_of(program, place.path)
+        convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for atom in place.dim.atoms():
+            if place.role == "rows":
+                yield atom, "vocab" if "index" in atom.uses and atom.size > 0 and not atom.rigid else "rows"
+            elif convolution and place.role == "out":
+                yield atom, f"channels.{next(channels)}"
+            else:
+                yield atom, f"dim.{next(others)}"
+
+
+def _layer_of(program: Program, path: str) -> nn.Module | None:
+    try:
+        return program.module.get_submodule(path.rpartition(".")[0])
+    except AttributeError:
+        return None
