@@ -50,6 +50,13 @@ def name(value: Any, what: str = "name") -> str:
     return value
 
 
+def words(value: str, what: str = "text") -> str:
+    """A text of an argument, such as an equation or a mode: it becomes a literal of generated code, and is no code itself."""
+    if len(value) <= LONGEST_NAME and value.isprintable() and not set(value) & set("'\"\\`{}()"):
+        return value
+    raise RewriteError(f"it has the {what} {shown(value)}, which is no plain text")
+
+
 def path(value: Any, what: str = "path") -> str:
     """A dotted path of modules, parameters or buffers. Its parts may be any words without quotes and escapes."""
     if isinstance(value, str) and value and len(value) <= 10 * LONGEST_NAME:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.errors import RewriteError
+from rewrite.graph.nodes import leaves
 from rewrite.graph.regions import Region
 from rewrite.sources.compat import import_mended
 from rewrite.sources.installed import Installed
@@ -118,6 +119,9 @@ def _decode_node(graph: Graph, entry: Json, nodes: dict[str, Node]) -> Node:
         raise RewriteError(f"the node {name} of its graph has no list of arguments")
     for key in kwargs:
         checked.name(key, "keyword")
+    for value in leaves((args, kwargs)):
+        if isinstance(value, str):
+            checked.words(value, f"argument of {name}")
     made = graph.create_node(kind, _target(kind, entry["target"], args, kwargs), args, kwargs, name)
     meta = checked.table(entry["meta"], "metadata")
     made.meta = {key: _decode_meta(key, value) for key, value in meta.items()}
