@@ -93,7 +93,6 @@ NAMES: dict[str, str] = {
     "torch.fx.graph._format_target": "torch.fx writes attributes named like Python keywords as they are",
     "torch.nn.modules.batchnorm._BatchNorm": "the one class above all batch norms",
     "torch.nn.modules.dropout._DropoutNd": "the one class above all dropouts",
-    "torch.fx.experimental.proxy_tensor.make_fx": "a layer without a rule is traced into the operators that it calls",
     "torch.utils._python_dispatch.TorchDispatchMode": "exact arithmetic turns every operator's dtype into float64",
     "torch.utils._python_dispatch._disable_current_modes": "a size decision is computed with real kernels inside a trace",
     "torch.utils._pytree.tree_flatten": "the containers of a model's inputs and outputs, as torch.export sees them",

@@ -20,13 +20,14 @@ WINGS = {
     "numerics": ("graph",),
     "frontend": ("graph", "numerics", "plugins"),
     "analysis": ("graph", "numerics", "sources.data"),
+    "axes": ("graph", "analysis"),
     "training": ("graph", "numerics", "frontend.capture"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
     "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins", "sources.data"),
     "files": ("graph", "sources", "frontend", "lowering"),
 }
-PASSES = ("pipeline", "analysis", "training", "graph", "proof.contract", "proof.part")
+PASSES = ("pipeline", "analysis", "axes", "training", "graph", "proof.contract", "proof.part")
 BACKENDS = ("lowering", "graph", "numerics", "files.staging")
 
 

@@ -19,9 +19,11 @@ from rewrite.graph.fakes import evaluating
 from rewrite.graph.nodes import attribute, call_arguments
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
+from rewrite.graph.spelled import SpelledNorm
 from rewrite.graph.tree import names_of_tensors
 from rewrite.torch_private import make_fx, pytree
 
+from . import images, moves, products, tables  # noqa: F401, each registers its rules
 from .call import Axes, Call, Notes, parameters_of
 from .dims import Dim
 from .layers import rule_of
@@ -59,14 +61,16 @@ def _outputs(graph: Graph) -> Iterable[Node]:
 
 
 class Walk:
-    """Visits the nodes of a graph in order; ``known`` has the dimensions of each value. ``inside`` a part that is kept
-    whole, numbers cannot be edited."""
+    """Visits the nodes of a graph in order; ``known`` has the dimensions of each value.
 
-    def __init__(self, module: nn.Module, notes: Notes, *, inside: bool = False) -> None:
+    ``region`` is the path of the region whose graph it is, "" for the program's own, None where numbers cannot be edited.
+    """
+
+    def __init__(self, module: nn.Module, notes: Notes, region: str | None = "") -> None:
         self.module = module
         self.notes = notes
         self.known: dict[Node, Any] = {}
-        self.inside = inside
+        self.region = region
 
     def axes(self, value: Any) -> Axes:
         """Every dimension of a value."""
@@ -88,18 +92,23 @@ class Walk:
                 self.known[node] = self._operator(node)
 
     def _operator(self, node: Node) -> Any:
-        call = Call(node, call_arguments(node), self.known, self.notes, self.module, self.inside)
+        call = Call(node, call_arguments(node), self.known, self.notes, self.module, self.region)
         return _checked(call, lambda: by_operator(call))
 
     def _layer(self, node: Node) -> Any:
         layer = attribute(self.module, str(node.target))
-        call = Call(node, {}, self.known, self.notes, self.module, self.inside)
+        call = Call(node, {}, self.known, self.notes, self.module, self.region)
         rule = rule_of(layer)
         if rule is not None:
             return _checked(call, lambda: rule(call, layer, str(node.target)))
         given: list[Any] = [self.known.get(v) if isinstance(v, Node) else None for v in (*node.args, *node.kwargs.values())]
         if isinstance(layer, Region):
-            found = [self._within(layer, graph, given) for graph in layer.graphs.values()]
+            path = str(node.target) if self.region == "" else None
+            found = [self._within(Walk(layer, self.notes, path), graph, given) for graph in layer.graphs.values()]
+            if isinstance(layer, SpelledNorm):
+                dim = self.axes(node.args[0])[layer.channel_axis]
+                dim.use("norm")
+                call.attribute(str(node.target), "channels", dim)
             return _checked(call, lambda: _together(call, found))
         traced = _traced(node, layer)
         if traced is None:
@@ -107,11 +116,11 @@ class Walk:
                 call.freeze(self.notes.axes_of(tensor), f"{type(layer).__name__} has no rule")
             return call.unruled(type(layer).__name__)
         own = [list(self.notes.axes_of(tensor)) for tensor in traced[1]]
-        return _checked(call, lambda: self._within(layer, traced[0], [*own, *given], traced[1]))
+        walk = Walk(layer, self.notes, None)
+        return _checked(call, lambda: self._within(walk, traced[0], [*own, *given], traced[1]))
 
-    def _within(self, layer: nn.Module, graph: Graph, given: Sequence[Any], tensors: Sequence[torch.Tensor] = ()) -> Any:
+    def _within(self, walk: Walk, graph: Graph, given: Sequence[Any], tensors: Sequence[torch.Tensor] = ()) -> Any:
         """The dimensions of what a graph within a layer gives; its placeholders are given those of ``given``."""
-        walk = Walk(layer, self.notes, inside=True)
         places = [n for n in graph.nodes if n.op == "placeholder"]
         walk.known.update((place, axes) for place, axes in zip(places, given, strict=False) if axes is not None)
         walk.run(graph)

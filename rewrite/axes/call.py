@@ -20,12 +20,16 @@ Axes = list[Dim]
 
 @dataclass(frozen=True)
 class Literal:
-    """A number in a graph that is the size of a dimension: in the argument of a node, at a place in it if that is a list."""
+    """A number in a graph that is the size of a dimension: in the argument of a node, at a place in it if that is a list.
+
+    ``region`` is the path of the region whose graph it is, "" for the program's own.
+    """
 
     node: Node
     argument: str
     place: int | None
     dim: Dim
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,20 @@ class Call:
     """A node with its arguments by name and the dimensions of the tensors among them."""
 
     def __init__(
-        self, node: Node, named: Mapping[str, Any], known: Mapping[Node, Any], notes: Notes, module: nn.Module, inside: bool
+        self,
+        node: Node,
+        named: Mapping[str, Any],
+        known: Mapping[Node, Any],
+        notes: Notes,
+        module: nn.Module,
+        region: str | None,
     ) -> None:
         self.node = node
         self.named = named
         self.known = known
         self.notes = notes
         self.module = module
-        self.inside = inside
+        self.region = region
 
     # ---- what is there
 
@@ -168,10 +178,10 @@ class Call:
         value = given[place] if place is not None and isinstance(given, list | tuple) else given
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             return
-        if self.inside:
-            self.freeze([dim], "a number in a part that is kept whole")
+        if self.region is None:
+            self.freeze([dim], "a number in code that cannot be edited")
             return
-        self.notes.literals.append(Literal(self.node, argument, place, dim))
+        self.notes.literals.append(Literal(self.node, argument, place, dim, self.region))
 
     def attribute(self, path: str, name: str, dim: Dim) -> None:
         """Note that a layer's attribute is the size of a dimension."""

@@ -16,7 +16,8 @@ from rewrite.torch_private import _BatchNorm, _DropoutNd
 
 from .call import Axes, Call, parameters_of
 from .dims import product
-from .operators import attended, convolved, placed
+from .images import convolved, placed
+from .products import attended
 
 LayerRule = Callable[[Call, Any, str], Any]
 """(the call, the layer, its path) -> the dimensions of the value."""
@@ -147,7 +148,7 @@ def _attention(call: Call, layer: Any, path: str) -> Axes:
     nodes = [*call.node.args, *([call.node.kwargs["attn_mask"]] if "attn_mask" in call.node.kwargs else [])]
     if layer.scale is None:
         call.axes(nodes[0])[-1].use("scale")
-    return attended(call, *nodes[:3], mask=nodes[3] if len(nodes) > 3 else None)
+    return attended(call, nodes[0], nodes[1], nodes[2], nodes[3] if len(nodes) > 3 else None)
 
 
 @layer_rule(nn.Softmax, nn.LogSoftmax, nn.Softmin)

@@ -6,10 +6,13 @@ pruning, reordering and doubling are the same call. New rows of a tensor are 0, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.fx import Node
+from torch.fx.node import Argument
 
 from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
@@ -51,9 +54,11 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
     for dim in chosen:
         if dim.rigid:
             raise RewriteError(f"{table.name_of(dim)} cannot change its size: {dim.rigid}")
+    for path in dict.fromkeys(literal.region for literal in table.literals):
+        literals = [literal for literal in table.literals if literal.region == path]
+        for node, argument, value in _numbers(literals, chosen):
+            edit.set_literal(node, argument, value, path)
     _parameters(edit, table, chosen, fill)
-    for node in dict.fromkeys(literal.node for literal in table.literals):
-        _numbers(edit, [literal for literal in table.literals if literal.node is node], chosen)
     for found in table.attributes:
         size = size_of(found.dim, chosen)
         if size != found.dim.size:
@@ -75,22 +80,21 @@ def _parameters(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: 
             edit.set_parameter(path, made, path)
 
 
-def _numbers(edit: Editor, literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> None:
-    node = literals[0].node
-    arguments = call_arguments(node)
-    for argument in dict.fromkeys(literal.argument for literal in literals):
-        given = arguments[argument]
-        value = list(given) if isinstance(given, list | tuple) else given
-        for literal in literals:
-            if literal.argument != argument:
-                continue
-            size = size_of(literal.dim, chosen)
+def _numbers(literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> Iterator[tuple[Node, str, Argument]]:
+    """The arguments whose numbers change: each with its new value."""
+    grouped: dict[tuple[Node, str], list[Literal]] = {}
+    for literal in literals:
+        grouped.setdefault((literal.node, literal.argument), []).append(literal)
+    for (node, argument), group in grouped.items():
+        given = call_arguments(node)[argument]
+        value: Any = list(given) if isinstance(given, list | tuple) else given
+        for literal in group:
             if isinstance(value, list) and literal.place is not None:
-                value[literal.place] = size
+                value[literal.place] = size_of(literal.dim, chosen)
             else:
-                value = size
+                value = size_of(literal.dim, chosen)
         if value != (list(given) if isinstance(given, list | tuple) else given):
-            edit.set_literal(node, argument, value)
+            yield node, argument, value
 
 
 def primes(table: Table) -> dict[Dim, list[int]]:

@@ -133,17 +133,16 @@ def _heads(branch: Branch, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, st
 
 
 def _head_factors(segment: Dim, layer: int) -> Iterator[tuple[Dim, str]]:
-    factors = [f for f in segment.factors() if f.kind == "atom"]
-    if "score" in factors[-1].uses if factors else False:
-        yield factors[-1], f"head_dim.{layer}"
-    elif len(factors) > 1:
-        yield factors[-1], f"value_dim.{layer}"
-    heads = [f for f in factors[:-1] if "batch" in f.uses]
-    if len(heads) == 1:
-        yield heads[0], f"heads.{layer}"
-    elif len(heads) == 2:
-        yield heads[0], f"kv_heads.{layer}"
-        yield heads[1], f"group.{layer}"
+    *lead, last = segment.factors()
+    if not lead:
+        return
+    kind = "head_dim" if any("score" in atom.uses for atom in last.atoms()) else "value_dim"
+    for atom in last.atoms():
+        yield atom, f"{kind}.{layer}"
+    heads = [f for f in lead if f.kind == "atom" and "batch" in f.uses]
+    names = {1: ("heads",), 2: ("kv_heads", "group")}.get(len(heads), ())
+    for atom, name in zip(heads, names, strict=False):
+        yield atom, f"{name}.{layer}"
 
 
 def _last(axes: Any) -> list[Dim]:

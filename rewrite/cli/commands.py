@@ -239,6 +239,33 @@ def depth(
 
 
 @app.command()
+def axes(
+    model: ModelName,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Set each dimension to a prime of its own, and infer every shape anew.")
+    ] = False,
+    seed: Seed = 0,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which axes of which tensors are one logical dimension, and which of them can change."""
+    import json
+
+    from .dimensions import analyzed, show_axes
+    from .job import Model
+
+    source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+    with _steps() as steps:
+        found, checked = analyzed(source, check, steps)
+    if as_json:
+        typer.echo(json.dumps({**found.to_json(), "checked": checked}, indent=2))
+        return
+    show_axes(_console(), found, checked)
+
+
+@app.command()
 def export(
     model: ModelName,
     output: Annotated[

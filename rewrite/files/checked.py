@@ -51,7 +51,7 @@ def name(value: Any, what: str = "name") -> str:
 
 
 def words(value: str, what: str = "text") -> str:
-    """A text of an argument, such as an equation or a mode: it becomes a literal of generated code, and is no code itself."""
+    """A text of an argument, such as an equation or a mode: it becomes a literal of generated code, and holds none."""
     if len(value) <= LONGEST_NAME and value.isprintable() and not set(value) & set("'\"\\`{}()"):
         return value
     raise RewriteError(f"it has the {what} {shown(value)}, which is no plain text")

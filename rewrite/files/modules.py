@@ -81,6 +81,7 @@ class Decoder:
         for name, child in checked.table(data["children"], "children").items():
             made._modules[checked.part(name)] = self.module(child, f"{path}.{name}" if path else name)
         self._finish(made, data)
+        _check_whole(made, path)
         made.training = checked.truth(data["training"], "mode")
         self._made[path] = made
         return made
@@ -145,6 +146,17 @@ class Decoder:
         if not (isinstance(found, type) and issubclass(found, nn.Module)) or issubclass(found, LayerGraph):
             raise RewriteError(f"it names {checked.shown(name)} as a layer, and it is none")
         return found
+
+
+def _check_whole(made: nn.Module, path: str) -> None:
+    """Refuse a layer without the attributes that its class says it has, or that it cannot be described by."""
+    missing = [name for name in getattr(type(made), "__constants__", ()) if not hasattr(made, name)]
+    try:
+        made.extra_repr()
+    except Exception:  # the class's own code, on what the file says
+        missing = missing or ["what describes it"]
+    if missing:
+        raise RewriteError(f"its layer {checked.shown(path)} lacks {missing[0]}")
 
 
 def _trusted_packages() -> frozenset[str]:

@@ -359,10 +359,11 @@ class Editor:
         if type(holder) is Container and not any((holder._modules, holder._parameters, holder._buffers)):
             self._take(path.rpartition(".")[0], "nothing is left in it")
 
-    def set_literal(self, node: Node, argument: str, value: Argument) -> None:
+    def set_literal(self, node: Node, argument: str, value: Argument, region: str = "") -> None:
         """Set an argument of an operator's call, by its name in the operator's schema, such as the sizes of a reshape.
 
-        Nodes in it stay those that it had. Raises RewriteError for another node, and where there is no such argument.
+        The node is one of the program's graph, or of a graph of the region at a path. Nodes in the argument stay those that
+        it had. Raises RewriteError for another node, and where there is no such argument.
         """
         arguments = call_arguments(node)
         if argument not in arguments:
@@ -372,6 +373,10 @@ class Editor:
         if [n for n in leaves(old) if isinstance(n, Node)] != [n for n in leaves(value) if isinstance(n, Node)]:
             raise RewriteError(f"{argument} of {node.name} reads other nodes then: literals alone can be set")
         set_argument(node, argument, value)
+        if region:
+            attribute(self.program.module, region).recompile()
+            self._note("set attribute", region, "", f"graphs: {argument} of {node.name} is {value}, it was {old}")
+            return
         self._sign(node, [node])
         self._note("set literal", "", node.name, f"{argument}: {old} -> {value}", (node.name,))
 

@@ -225,6 +225,7 @@ GRAPHS: dict[str, Callable[[Json], object]] = {
     "a method": in_node("get_attr", target="forward"),
     "a note on a node": in_node("call_function", meta={MARKER: 1}),
     "no module stack": in_node("call_function", meta={"nn_module_stack": {"dict": [["a", 1]]}}),
+    "a layer without its size": lambda p: p["modules"]["children"]["first"]["attributes"].pop("in_features"),
     "code in place of a size": calls(("aten.view.default", [{"node": "x"}, [CODE, 4]])),
     "code as an equation": calls(("aten.einsum.default", [CODE, [{"node": "x"}, {"node": "x"}]])),
     "a billion results": calls(("aten.full.default", [[10**9, 1], 0]), ("aten.unbind.int", [{"node": "n0"}])),

@@ -1,0 +1,221 @@
+"""The axis analysis on modules that hide their dimensions well, and what resizing them keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from rewrite import Program, RewriteError, capture
+from rewrite.axes.analyze import analyze
+from rewrite.axes.call import Place
+from rewrite.axes.resize import check, resize
+from rewrite.axes.table import Table
+from rewrite.graph.edit import Editor
+from tests.models import zoo
+
+HEADS, SIZE, DIM = 2, 3, 6
+
+
+class Packed(nn.Module):
+    """Attention with q, k and v packed in one projection, in any order of (3, heads, head_dim)."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        y = self.qkv(x)
+        if self.order == "chunk":
+            q, k, v = (t.view(batch, length, HEADS, SIZE).transpose(1, 2) for t in y.chunk(3, -1))
+        elif self.order == "3hd":
+            q, k, v = y.view(batch, length, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4)
+        elif self.order == "h3d":
+            q, k, v = y.view(batch, length, HEADS, 3 * SIZE).transpose(1, 2).chunk(3, -1)
+        else:
+            q, k, v = y.view(batch, length, HEADS, SIZE, 3).permute(4, 0, 2, 1, 3)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        return x + self.out(y)
+
+
+class Grouped(nn.Module):
+    """Four query heads on two key and value heads, all of one size, by repeat_interleave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, n) for n in (8, 4, 4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, 2)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2) / 2**0.5).softmax(-1)
+        return x + self.out((scores @ v).transpose(1, 2).flatten(2))
+
+
+class Flattened(nn.Module):
+    """A convolution, flattened, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 25, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().flatten(1))
+
+
+class Depthwise(nn.Module):
+    """Pointwise, depthwise, norm, group norm, pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.deep = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.group = nn.BatchNorm2d(8), nn.GroupNorm(4, 8)
+        self.narrow = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.group(self.norm(self.deep(self.widen(x))).relu()))
+
+
+class Gated(nn.Module):
+    """Gate and up in one matrix that is chunked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(DIM, 10), nn.Linear(5, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Spelled(nn.Module):
+    """A norm over channels that is spelled out between two transposes, with a literal shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(5))
+        self.conv, self.after = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).permute(0, 2, 3, 1)
+        y = F.layer_norm(y, (5,), self.weight, self.bias).permute(0, 3, 1, 2)
+        return self.after(y)
+
+
+class Shuffled(nn.Module):
+    """Channels shuffled between two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(8, 4, 1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        batch, channels, height, width = y.shape
+        y = y.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+        return self.second(y)
+
+
+class Custom(nn.Module):
+    """A layer of one's own between two linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 9), nn.Linear(9, 4)
+        self.scale = nn.Parameter(torch.rand(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.first(x) * self.scale, self.first(x).neg()], -1)
+        return self.second(y[..., :9] + y[..., 9:])
+
+
+IMAGE, TOKENS = (2, 3, 5, 5), (2, 5, DIM)
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "packed, chunked": (lambda: Packed("chunk"), TOKENS, 2),
+    "packed, 3 heads dim": (lambda: Packed("3hd"), TOKENS, 2),
+    "packed, heads 3 dim": (lambda: Packed("h3d"), TOKENS, 2),
+    "packed, heads dim 3": (lambda: Packed("hd3"), TOKENS, 2),
+    "grouped queries": (Grouped, (2, 5, 8), 3),
+    "convolution, flatten, linear": (Flattened, IMAGE, 2),
+    "depthwise": (Depthwise, IMAGE, 2),
+    "gated": (Gated, TOKENS, 1),
+    "a norm spelled out": (Spelled, IMAGE, 2),
+    "shuffled channels": (Shuffled, (2, 4, 5, 5), 2),
+    "a concatenation cut again": (Custom, (2, 4), 1),
+}
+
+
+def captured(name: str) -> Program:
+    build, shape, _ = MODULES[name]
+    torch.manual_seed(0)
+    return capture(build(), (torch.randn(shape),))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_dimension_at_a_prime_of_its_own(name: str) -> None:
+    program = captured(name)
+    assert check(Editor(program.clone(), "check")) >= MODULES[name][2]
+
+
+def grown(table: Table, name: str, more: int) -> dict:
+    dim = table.named[name]
+    return {dim: [*range(dim.size), *[-1] * more]}
+
+
+def reading_zeros(path: str, tensor: Tensor, places: Sequence[Place], shape: tuple[int, ...]) -> Tensor | None:
+    """New entries are random, but those that are read are 0."""
+    made = torch.randn(shape)
+    for place in places:
+        if place.role == "in":
+            kept = torch.arange(shape[place.axis]) < tensor.shape[place.axis]
+            made = made * kept.reshape([-1 if i == place.axis else 1 for i in range(len(shape))])
+    return made
+
+
+GROWN = [
+    ("packed, chunked", "heads.0", 2),
+    ("packed, 3 heads dim", "heads.0", 1),
+    ("grouped queries", "kv_heads.0", 1),
+    ("gated", "ffn.0", 3),
+    ("convolution, flatten, linear", "channels.0", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "dim", "more"), GROWN, ids=[g[0] for g in GROWN])
+def test_grown_with_readers_of_zero_the_function_stays(name: str, dim: str, more: int) -> None:
+    program = captured(name)
+    larger = program.clone()
+    edit, table = Editor(larger, "grow"), analyze(larger)
+    resize(edit, table, grown(table, dim, more), reading_zeros)
+    edit.follow()
+    edit.revalue()
+    larger.module.recompile()
+    x = program.example_args[0]
+    expected, found = (p.module.eval().double()(x.double()) for p in (program, larger))
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert sum(p.numel() for p in larger.module.parameters()) > sum(p.numel() for p in program.module.parameters())
+
+
+def test_a_rigid_dimension_is_refused_with_its_reason() -> None:
+    program = captured("convolution, flatten, linear")
+    table = analyze(program)
+    rigid = next(d for d in table.named.values() if d.rigid)
+    with pytest.raises(RewriteError, match="cannot change its size: "):
+        resize(Editor(program.clone(), "grow"), table, {rigid: list(range(rigid.size + 1))})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+def test_models(kind: str) -> None:
+    case = zoo.transformers_case(kind)
+    args, kwargs = case.inputs(2, 7)
+    program = capture(case.build(), args, kwargs)
+    table = analyze(program)
+    assert table.unknown == ()
+    assert {"hidden", "ffn.0", "head_dim.0", "vocab"} <= table.resizable.keys()
+    assert table.resizable.keys() & {"heads.0", "kv_heads.0"}
+    assert check(Editor(program.clone(), "check")) == len(table.resizable)
