@@ -35,7 +35,7 @@ class Table:
     unknown: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        names = {dim: name for name, dim in self.named.items()}
+        names = {dim: name for name, dim in self.named.items() if not (dim.rigid and name.startswith("dim."))}
         object.__setattr__(self, "_names", names)
         along: dict[Dim, list[Place]] = {}
         for place in self.places:
