@@ -70,13 +70,13 @@ def test_an_entry_whose_name_is_no_text_is_refused(oracle: Oracle, tmp_path: Pat
     judged(oracle, tmp_path, "show", "m.pt", "--inputs", "2x2")
 
 
-def test_an_alignment_beyond_any_number_is_refused(oracle: Oracle, tmp_path: Path) -> None:
+def test_a_version_beyond_any_number_is_refused(oracle: Oracle, tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
     with zipfile.ZipFile(tmp_path / "m.pt") as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
         for entry, content in entries.items():
-            archive.writestr(entry, b"9" * 30 if entry.endswith("alignment") else content)
+            archive.writestr(entry, b"9" * 30 if entry.endswith("/version") else content)
     judged(oracle, tmp_path, "show", "m.pt", "--inputs", "2x2")
 
 
