@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from rewrite.graph.layers import Scale
 from rewrite.graph.nodes import aten, module_key, packet, tensor_value
 from rewrite.graph.program import Program
 
@@ -95,12 +96,13 @@ def _tensor_operands(node: Node) -> bool:
 
 
 def passed_through(program: Program, node: Node) -> Node:
-    """The value that ``node`` only carries on: casts, reshapes, dropout and stochastic depth are looked through."""
+    """The value that ``node`` only carries on: casts, reshapes, dropout, stochastic depth and scales are looked through."""
     while True:
         inner = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if inner is None:
             return node
-        if packet(node) in _PASSING or (node.op == "call_module" and is_carrier(program.layer(node))):
+        layer = program.layer(node) if node.op == "call_module" else None
+        if packet(node) in _PASSING or (layer is not None and (is_carrier(layer) or isinstance(layer, Scale))):
             node = inner
         else:
             return node

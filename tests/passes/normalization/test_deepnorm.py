@@ -53,3 +53,18 @@ def test_what_is_left_alone() -> None:
         "3": "the norm behind it, 2.norm, is called more than once",
     }
     assert not record.changed
+
+
+class InPlace(Post):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y += self.down(self.up(x).relu())
+        return self.norm(y)
+
+
+def test_what_is_scaled_or_written_in_place() -> None:
+    x = torch.randn(5, 4)
+    again = apply(nn.Sequential(nn.Linear(4, DIM), Post()), "deepnorm,deepnorm", args=(x,)).history[-1]
+    assert [skip.reason for skip in again.skipped] == ["its skip is scaled already"]
+    (record,) = apply(nn.Sequential(nn.Linear(4, DIM), InPlace()), "deepnorm", args=(x,)).history
+    assert [skip.reason for skip in record.skipped] == ["the sum is written in place"]

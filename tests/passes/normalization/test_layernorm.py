@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rewrite import apply
+from tests.compare import captured
 from tests.passes.normalization.test_rmsnorm import DIM, Block, Language, Odd, Vision, layer_norms, moved, skipped
 from tests.passes.table import Row
 
@@ -64,3 +65,8 @@ def test_what_is_left_alone() -> None:
     assert other["2"].startswith("a DynamicTanh is another function")
     offset = nn.Sequential(nn.Linear(4, DIM), nn.RMSNorm(DIM))
     assert "no eps of its own" in skipped(apply(offset, "layernorm", args=(x,)).history[-1])["1"]
+
+
+def test_channels_along_another_axis() -> None:
+    result = apply(captured("ChannelsFirstNorms"), "rmsnorm{mode=swap},layernorm{mode=swap}")
+    assert skipped(result.history[-1]) == {"norm": "its channels are not the last axis"}

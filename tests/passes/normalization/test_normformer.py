@@ -44,3 +44,14 @@ def test_what_is_left_alone() -> None:
     assert [skip.reason for skip in record.skipped] == ["there is nothing that the options ask for"]
     again = apply(nn.Sequential(Block()), "normformer,normformer", args=(x,)).history[-1]
     assert [skip.reason for skip in again.skipped] == ["it has these layers already"]
+
+
+class Gated(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        return x + self.down(self.up(n).sigmoid() * self.up(n))
+
+
+def test_a_gated_ffn_is_left_alone() -> None:
+    (record,) = apply(nn.Sequential(Gated()), "normformer", args=(torch.randn(5, DIM),)).history
+    assert [skip.reason for skip in record.skipped] == ["it is gated ffn, neither attention nor a plain FFN"]

@@ -42,3 +42,10 @@ def test_two_steps_by_hand() -> None:
         torch.testing.assert_close(layer.get_buffer("running_var"), variance)
     expected = (x - mean[:, None]) / (variance + 1e-5).sqrt()[:, None]
     torch.testing.assert_close(layer.eval()(x), expected)
+
+
+def test_a_norm_without_running_statistics_is_left_alone() -> None:
+    plain = nn.BatchNorm1d(3)
+    plain.running_mean = plain.running_var = plain.num_batches_tracked = None
+    (record,) = apply(nn.Sequential(plain, nn.BatchNorm1d(3)), "online-norm", args=(torch.randn(4, 3, 5),)).history
+    assert "0" not in {site.path for site in record.changes}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewrite import RewriteError, apply
 from tests.passes.normalization.test_dyt import sequences
@@ -45,3 +45,18 @@ def test_what_is_refused_and_left_alone() -> None:
         apply(nn.Sequential(Block()), "peri-ln{calibrate=rms}", args=(x,))
     (record,) = apply(nn.Sequential(Block(scaled=True)), "peri-ln", args=(x,)).history
     assert [skip.reason for skip in record.skipped] == ["what it adds is scaled behind it"]
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def test_channels_along_another_axis() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Convolutions())
+    (record,) = apply(model, "peri-ln", args=(torch.randn(2, 4, 5, 5),)).history
+    assert [skip.reason for skip in record.skipped] == ["its channels are not the last axis"]
