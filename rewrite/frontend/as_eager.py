@@ -106,7 +106,7 @@ class SizeDecisions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        call = _Call(func, args, kwargs or {})
+        call = _Call(func, args, _said(kwargs or {}))
         tensors = [v for v in pytree.tree_leaves((args, dict(call.kwargs))) if isinstance(v, Tensor)]
         known = all(id(t) in self._calls for t in tensors) and bool(tensors or func in _FACTORIES)
         if known and func in _QUESTIONS:
@@ -148,6 +148,11 @@ class SizeDecisions(TorchFunctionMode):
         if isinstance(kwargs.get("device"), str):
             kwargs["device"] = "cpu"
         return call.function(*args, **kwargs)
+
+
+def _said(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keywords without `generator=None`: it says nothing, and picks an overload that takes no dynamic sizes."""
+    return {name: value for name, value in kwargs.items() if name != "generator" or value is not None}
 
 
 def _size(size: torch.SymInt, more: int) -> int:

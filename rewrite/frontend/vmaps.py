@@ -51,16 +51,19 @@ def _blocks(graph: Graph) -> Iterator[list[Node]]:
 
 
 def _replace(module: GraphModule, block: list[Node]) -> None:
-    for node in [n for n in block if n.op == "get_attr" and isinstance(attribute(module, str(n.target)), torch.Tensor)]:
-        block[0].prepend(node)
+    for node in [n for n in block if n.op == "get_attr"]:
+        block[0].prepend(node)  # later ones may read it too
         block.remove(node)
     inside = set(block)
-    inputs = list(dict.fromkeys(n for node in block for n in node.all_input_nodes if n not in inside))
+    outside = dict.fromkeys(n for node in block for n in node.all_input_nodes if n not in inside)
+    held = {n: attribute(module, str(n.target)) for n in outside if n.op == "get_attr"}
+    functions = {n: value for n, value in held.items() if not isinstance(value, torch.Tensor)}
+    inputs = [n for n in outside if n not in functions]
     outputs = [node for node in block if any(user not in inside for user in node.users)]
     steps = Interpreter(module)
 
     def run(*values: Any) -> list[Any]:
-        steps.env = dict(zip(inputs, values, strict=True))
+        steps.env = functions | dict(zip(inputs, values, strict=True))
         for node in block:
             steps.env[node] = steps.run_node(node)
         return [steps.env[node] for node in outputs]
@@ -71,6 +74,8 @@ def _replace(module: GraphModule, block: list[Node]) -> None:
     finally:
         leave_transforms(depth)  # where the steps stopped halfway: the next vmap starts at the first level
     _splice(module.graph, block, traced.graph, inputs, outputs)
+    for node in [n for n in functions if not n.users]:
+        module.graph.erase_node(node)
 
 
 def _splice(graph: Graph, block: list[Node], traced: Graph, inputs: list[Node], outputs: list[Node]) -> None:

@@ -72,6 +72,26 @@ class SkipsFullMasks(nn.Module):
         return self.linear(x) if seen and bool(mask.all()) else self.linear(x * mask.unsqueeze(-1))
 
 
+class Noisy(nn.Module):
+    """Draws as many numbers as it is given, from a generator if it has one."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn((x.shape[0], 4), generator=self.generator, dtype=x.dtype)
+
+
+def test_a_draw_from_no_generator_has_dynamic_sizes() -> None:
+    program, model = capture(Noisy(), (torch.zeros(3, 4),)), Noisy()
+    x = torch.zeros(7, 4)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(program.module(x), expected)
+
+
 def test_a_mask_that_is_an_input_keeps_its_meaning() -> None:
     model = SkipsFullMasks()
     x, ones = torch.randn(2, 6, 4), torch.ones(2, 6)

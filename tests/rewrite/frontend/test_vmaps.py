@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from rewrite import RewriteError, capture
 from tests.compare import differences, observe
@@ -41,15 +42,29 @@ class Products(nn.Module):
         return torch.vmap(torch.mul)(y, once[:, None])
 
 
+class Indexed(nn.Module):
+    """Two masks that read data at mapped indices; the second export step reads the function that the first one made."""
+
+    def forward(self, x: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
+        def kept(sample: Tensor, key: Tensor) -> Tensor:
+            return ~padded[sample, key]
+
+        with TransformGetItemToIndex():
+            samples, keys = torch.arange(x.shape[0]), torch.arange(x.shape[1])
+            masks = [torch.vmap(torch.vmap(kept, (None, 0)), (0, None))(samples, keys) for _ in range(2)]
+        return x * masks[0][..., None], x + masks[1][..., None]
+
+
 class Derived(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.func.jvp(torch.sin, (x,), (x,))[1]
 
 
+@pytest.mark.parametrize("kind", [Masked, Indexed])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_masks_by_index(train: bool) -> None:
+def test_masks_by_index(kind: type[nn.Module], train: bool) -> None:
     torch.manual_seed(0)
-    model = Masked()
+    model = kind()
     program = capture(model, (torch.randn(2, 6, 4), torch.zeros(2, 6, dtype=torch.bool)))
     padded = torch.zeros(3, 9, dtype=torch.bool)
     padded[1, 5:] = True
