@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, pytree
+from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, enable_python_dispatcher, pytree
 
 from .nodes import attribute
 
@@ -74,7 +74,7 @@ def call_key(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None) -
 
 
 def _infer(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None, known: Fakes) -> Any:
-    with mode or nullcontext(), torch.no_grad():
+    with mode or nullcontext(), torch.no_grad(), enable_python_dispatcher():
         if mode is None or not isinstance(target, nn.Module):
             return target(*args, **kwargs)
         state = {name: known.like(t, mode) for name, t in [*target.named_parameters(), *target.named_buffers()]}
