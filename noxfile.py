@@ -19,8 +19,8 @@ nox.options.default_venv_backend = "venv"
 
 ROOT = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-#: All tests but the long table of every model on every backend.
-FAST = ("tests", "--ignore=tests/backends/test_zoo.py", "-n", "auto", "--dist", "loadgroup")
+#: What tests/fast.py leaves of the tests.
+FAST = ("tests", "--fast", "-n", "auto", "--dist", "loadgroup")
 #: In constraints.txt, but built for one torch: installed without what they ask for.
 LEFT_OUT = re.compile(r"(torch|torchvision|onnxruntime-gpu)==")
 

@@ -70,7 +70,7 @@ NAMES: dict[str, str] = {
     "torch._C._functorch.get_interpreter_stack": "how many function transforms are being run, before a vmap's steps are",
     "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth": "a vmap whose steps stopped halfway is left",
     "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",
-    "torch._dispatch.python.enable_python_dispatcher": "layers on fake tensors as torch.export runs them; torch 2.11 has no matmul of sizes else",
+    "torch._dispatch.python.enable_python_dispatcher": "layers run on fake tensors as in torch.export: 2.11 needs it",
     "torch._dynamo.source.ConstantSource": "a dynamic size read from a file needs an origin to be created",
     "torch._export.serde.schema.ExportedProgram": "an export's graph is judged field by field before torch builds it",
     "torch._export.serde.schema.PayloadMeta": "where torch.export.load finds a tensor in an archive of ours",
