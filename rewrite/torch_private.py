@@ -38,6 +38,7 @@ __all__ = [
     "TrainingIRVerifier",
     "_BatchNorm",
     "_DropoutNd",
+    "enable_python_dispatcher",
     "fake_tensors",
     "guards_code",
     "leave_transforms",
