@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from rewrite.graph.fakes import evaluating
+from rewrite.graph.fakes import Fakes, evaluating, fake_value
 from rewrite.graph.nodes import attribute, call_arguments
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
@@ -71,6 +71,7 @@ class Walk:
         self.notes = notes
         self.known: dict[Node, Any] = {}
         self.region = region
+        self.values: dict[Node, Any] = {}
 
     def axes(self, value: Any) -> Axes:
         """Every dimension of a value."""
@@ -92,19 +93,23 @@ class Walk:
                 self.known[node] = self._operator(node)
 
     def _operator(self, node: Node) -> Any:
-        call = Call(node, call_arguments(node), self.known, self.notes, self.module, self.region)
+        call = Call(node, call_arguments(node), self.known, self.notes, self.module, self.region, self.values.get(node))
         return _checked(call, lambda: by_operator(call))
 
     def _layer(self, node: Node) -> Any:
         layer = attribute(self.module, str(node.target))
-        call = Call(node, {}, self.known, self.notes, self.module, self.region)
+        call = Call(node, {}, self.known, self.notes, self.module, self.region, self.values.get(node))
         rule = rule_of(layer)
         if rule is not None:
             return _checked(call, lambda: rule(call, layer, str(node.target)))
         given: list[Any] = [self.known.get(v) if isinstance(v, Node) else None for v in (*node.args, *node.kwargs.values())]
         if isinstance(layer, Region):
             path = str(node.target) if self.region == "" else None
-            found = [self._within(Walk(layer, self.notes, path), graph, given) for graph in layer.graphs.values()]
+            found = []
+            for graph in layer.graphs.values():
+                walk = Walk(layer, self.notes, path)
+                walk.values = _inferred(layer, graph, [v.meta.get("val") if isinstance(v, Node) else v for v in node.args])
+                found.append(self._within(walk, graph, given))
             if isinstance(layer, SpelledNorm):
                 dim = self.axes(node.args[0])[layer.channel_axis]
                 dim.use("norm")
@@ -128,6 +133,23 @@ class Walk:
             for axis in range(tensor.dim()):
                 self.notes.place(tensor, axis, "elementwise")
         return pytree.tree_map(lambda v: walk.known.get(v) if isinstance(v, Node) else v, graph.output_node().args[0])
+
+
+def _inferred(layer: nn.Module, graph: Graph, given: Sequence[Any]) -> dict[Node, Any]:
+    """The values within a region for what it is given now: those at its nodes are of the time when it was made."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    values: dict[Node, Any] = dict(zip(places, given, strict=False))
+    if all(_layout(place.meta.get("val")) == _layout(value) for place, value in values.items()):
+        return {}
+    known = Fakes()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_module"):
+            values[node] = fake_value(layer, node, values, known)
+    return values
+
+
+def _layout(value: Any) -> Any:
+    return tuple(map(_hint, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
 def _together(call: Call, found: Sequence[Any]) -> Any:

@@ -87,9 +87,11 @@ class Call:
         known: Mapping[Node, Any],
         notes: Notes,
         module: nn.Module,
-        region: str | None,
+        region: str | None = "",
+        value: Any = None,
     ) -> None:
         self.node = node
+        self.value = node.meta.get("val") if value is None else value
         self.named = named
         self.known = known
         self.notes = notes
@@ -121,6 +123,11 @@ class Call:
                 yield node, found
 
     @property
+    def gives_several(self) -> bool:
+        """Whether the value has several parts."""
+        return isinstance(self.value, list | tuple)
+
+    @property
     def sizes(self) -> list[int]:
         """The example's sizes of the value, of the first part where there are several."""
         return self.all_sizes[0] if self.all_sizes else []
@@ -128,8 +135,7 @@ class Call:
     @property
     def all_sizes(self) -> list[list[int]]:
         """The example's sizes of each part of the value."""
-        value = self.node.meta.get("val")
-        parts = value if isinstance(value, list | tuple) else [value]
+        parts = self.value if isinstance(self.value, list | tuple) else [self.value]
         return [_hints(part) for part in parts if isinstance(part, torch.Tensor)]
 
     def number(self, name: str) -> int | None:
@@ -176,8 +182,8 @@ class Call:
         """Note that a number in an argument is the size of a dimension."""
         given = self.named.get(argument)
         value = given[place] if place is not None and isinstance(given, list | tuple) else given
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            return
+        if not isinstance(value, int) or isinstance(value, bool) or value != dim.size:
+            return  # -1, or an end beyond the last entry
         if self.region is None:
             self.freeze([dim], "a number in code that cannot be edited")
             return
@@ -242,7 +248,7 @@ class Call:
         for _, axes in self.tensors():
             self.freeze(axes, f"{what} has no rule")
         parts = [[self.rigid(size, f"{what} has no rule") for size in sizes] for sizes in self.all_sizes]
-        return parts if isinstance(self.node.meta.get("val"), list | tuple) else parts[0] if parts else None
+        return parts if self.gives_several else parts[0] if parts else None
 
 
 def _hints(value: torch.Tensor) -> list[int]:

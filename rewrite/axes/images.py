@@ -20,7 +20,7 @@ def _layer_norm(call: Call) -> Any:
             if call.has(name):
                 call.unify(dim, call.axes(name)[place])
                 roles(call, name, {place: "elementwise"})
-    if isinstance(call.node.meta.get("val"), list | tuple):
+    if call.gives_several:
         return [own, *([*own[: -len(shape)], *[Dim(1) for _ in shape]] for _ in call.all_sizes[1:])]
     return own
 
@@ -36,7 +36,7 @@ def _batch_norm(call: Call) -> Any:
         for i, dim in enumerate(own):
             if i != 1:
                 dim.use("norm")
-    return [own, *([own[1]] for _ in call.all_sizes[1:])] if isinstance(call.node.meta.get("val"), list | tuple) else own
+    return [own, *([own[1]] for _ in call.all_sizes[1:])] if call.gives_several else own
 
 
 @rule("group_norm", "native_group_norm")
@@ -101,7 +101,7 @@ def placed(call: Call) -> Any:
         else:
             call.freeze([dim], "its places are pooled")
             found.append(call.rigid(size, "places of an image"))
-    return [found for _ in call.all_sizes] if isinstance(call.node.meta.get("val"), list | tuple) else found
+    return [found for _ in call.all_sizes] if call.gives_several else found
 
 
 _PLACED = """

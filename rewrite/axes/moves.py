@@ -206,7 +206,7 @@ def _ordered(call: Call) -> Any:
         along = [-1, -2]
     axes = along if isinstance(along, list | tuple) else range(len(own)) if along is None else [along]
     call.freeze([own[int(a)] for a in axes], "the order of its entries counts")
-    return [own, own] if isinstance(call.node.meta.get("val"), list | tuple) else own
+    return [own, own] if call.gives_several else own
 
 
 @rule("constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d")

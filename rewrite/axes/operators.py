@@ -79,7 +79,7 @@ def elementwise(call: Call) -> Any:
             for axis in range(len(axes)):
                 call.role(tensor, axis, "elementwise")
     parts = [found if sizes == call.sizes else call.broadcast(given, sizes) for sizes in call.all_sizes]
-    return parts if isinstance(call.node.meta.get("val"), list | tuple) else found
+    return parts if call.gives_several else found
 
 
 def roles(call: Call, name: str, roles: dict[int, str]) -> None:

@@ -25,7 +25,7 @@ def _reduced(call: Call) -> Any:
         found = [Dim(1) if i in gone else dim for i, dim in enumerate(own)]
     else:
         found = [dim for i, dim in enumerate(own) if i not in gone]
-    return [list(found) for _ in call.all_sizes] if isinstance(call.node.meta.get("val"), list | tuple) else found
+    return [list(found) for _ in call.all_sizes] if call.gives_several else found
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "glu", "_safe_softmax")

@@ -1,0 +1,1 @@
+"""Function-preserving expansion: a larger model that computes the same."""
