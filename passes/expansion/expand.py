@@ -111,7 +111,7 @@ def _filled(
     if not tensor.is_floating_point() or any(roles.get(axis) == "in" for axis in grown):
         return None
     if any(roles.get(axis) == "out" for axis in grown):
-        deviation = float(tensor.double().std()) if tensor.numel() > 1 and not tensor.is_meta else 1.0
+        deviation = float(tensor.detach().double().std()) if tensor.numel() > 1 and not tensor.is_meta else 1.0
         return (deviation * torch.randn(shape, generator=generator, dtype=torch.float64)).to(tensor)
     for axis in grown:
         tensor = torch.cat([tensor, *[tensor.narrow(axis, 0, 1)] * (shape[axis] - tensor.shape[axis])], axis)

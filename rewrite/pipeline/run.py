@@ -7,7 +7,7 @@ import copy
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         return _run_steps(program, step, settings)
     settings.listener(f"running {step.text}")
     began = time.perf_counter()
-    given = fingerprint(_tensors(program))
+    given = _fingerprints(program)
     result, context, own = _run(program, step, settings)
     seconds = time.perf_counter() - began
     with uncollected():
@@ -92,10 +92,9 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         settings.listener(f"verifying {step.text}")
         rerun = functools.partial(rewritten, step=step, settings=settings, writes=own is None)
         verification = proof_of(Claim(program, result, context.edit.changes, step, settings.seed, rerun))
-    if fingerprint(_tensors(program)) != given:
-        raise RewriteError(
-            f"pass {step.text} wrote into the tensors of the program that it was given, which are spoiled now"
-        )
+    for what, now in _fingerprints(program).items():
+        if now != given[what]:
+            raise RewriteError(f"pass {step.text} wrote into {what} of the program that it was given, which is spoiled now")
     record = Record(
         step.name,
         step.text,
@@ -207,11 +206,11 @@ def rewritten(program: Program, *, step: Pass, settings: Settings, writes: bool 
     return result, edited(result, step, settings).edit.changes
 
 
-def _tensors(program: Program) -> Iterator[torch.Tensor]:
-    """Every tensor of a program, its example inputs with them."""
-    yield from tensors_of(program.module)
+def _fingerprints(program: Program) -> dict[str, bytes]:
+    """A digest of the tensors of a program, and one of its example inputs."""
     examples = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
-    yield from (value for value in examples if isinstance(value, torch.Tensor))
+    inputs = (value for value in examples if isinstance(value, torch.Tensor))
+    return {"a tensor": fingerprint(tensors_of(program.module)), "an example input": fingerprint(inputs)}
 
 
 def digest(data: Any) -> str | None:

@@ -74,5 +74,5 @@ def test_a_pass_that_reaches_past_its_program_is_stopped(tmp_path: Path) -> None
         def run(self, program: Program, context: Context) -> None:
             super().run(given, context)
 
-    with pytest.raises(RewriteError, match="wrote into the tensors of the program that it was given"):
+    with pytest.raises(RewriteError, match="wrote into a tensor of the program that it was given"):
         apply(given, Elsewhere(), crash_folder=tmp_path)
