@@ -165,7 +165,7 @@ def _checked(call: Call, rule: Any) -> Any:
     """What a rule gives, if it is of the value's sizes; otherwise nothing is known."""
     try:
         found = rule()
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         return call.unruled(f"{call.node.target} ({type(error).__name__}: {error})")
     for axes, sizes in zip(_parts(found), call.all_sizes, strict=False):
         if [d.size for d in axes] != sizes:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -354,6 +355,7 @@ def _serve() -> None:
     """Answer cases from standard input until it ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    warnings.simplefilter("ignore")  # as the program does, around the application that is called here
     hook = _Hook()
     with tempfile.TemporaryDirectory() as folder:  # what is imported and made once, by a first run of everything
         _warm(Path(folder), hook)
