@@ -8,7 +8,7 @@ An analysis is of one state of a program: ask again after an edit. The cost is l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.graph.fakes import Fakes, evaluating, fake_value
-from rewrite.graph.nodes import attribute, call_arguments
+from rewrite.graph.nodes import attribute, call_arguments, hint_of
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
 from rewrite.graph.spelled import SpelledNorm
@@ -42,22 +42,14 @@ def analyze(program: Program) -> Table:
             if isinstance(value, torch.Tensor):
                 kinds = ("a size of the input", "the input has this size")
                 walk.known[node] = [
-                    Dim(_hint(size), f"{node.name}: {kinds[(node.name, axis) not in dynamic]}")
+                    Dim(hint_of(size), f"{node.name}: {kinds[(node.name, axis) not in dynamic]}")
                     for axis, size in enumerate(value.shape)
                 ]
     walk.run(program.graph)
-    for value in _outputs(program.graph):
+    for value in program.graph.output_node().all_input_nodes:
         for dim in walk.axes(value):
             dim.use("output")
     return tabulated(program, notes, walk.known)
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _outputs(graph: Graph) -> Iterable[Node]:
-    return graph.output_node().all_input_nodes
 
 
 class Walk:
@@ -149,7 +141,7 @@ def _inferred(layer: nn.Module, graph: Graph, given: Sequence[Any]) -> dict[Node
 
 
 def _layout(value: Any) -> Any:
-    return tuple(map(_hint, value.shape)) if isinstance(value, torch.Tensor) else None
+    return tuple(map(hint_of, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
 def _together(call: Call, found: Sequence[Any]) -> Any:
@@ -192,7 +184,7 @@ def _traced(node: Node, layer: nn.Module) -> tuple[Graph, list[torch.Tensor]] | 
     def called(tensors: list[torch.Tensor], *inputs: Any) -> Any:
         return torch.func.functional_call(layer, dict(zip(state, tensors, strict=True)), inputs)
 
-    given = [torch.empty([_hint(s) for s in v.shape], dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in values]
+    given = [torch.empty([hint_of(s) for s in v.shape], dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in values]
     try:
         with evaluating(layer), torch.no_grad():
             made = make_fx(called, tracing_mode="fake")([torch.empty_like(t) for t in state.values()], *given)

@@ -52,7 +52,7 @@ def by_operator(call: Call) -> Any:
     return call.unruled(str(packet(call.node) or call.node.target))
 
 
-_ELEMENTWISE = """
+_NAMES = """
 hardswish hardswish_ hardsigmoid hardsigmoid_ silu_ relu_ relu6 relu6_ leaky_relu_ elu_ mish_
 __and__ __or__ __xor__ logical_and logical_or logical_xor logical_not floor_divide
 clone contiguous detach alias to _to_copy type_as dropout dropout_ native_dropout lift_fresh_copy where masked_fill
@@ -60,13 +60,14 @@ masked_fill_ copy_ copy fill_ zero_ zeros_like ones_like empty_like full_like ra
 nan_to_num lerp view_as_real conj resolve_conj resolve_neg expand_as cumsum cumprod logcumsumexp feature_dropout
 requires_grad_ detach_ normal_ uniform_ hardtanh softplus isnan isinf isfinite real imag
 """
+_ELEMENTWISE = frozenset(_NAMES.split())
 
 
 def _is_elementwise(node: Node) -> bool:
     found = overload(node)
     if found is None:
         return False
-    return torch.Tag.pointwise in found.tags or packet(node).__name__ in _ELEMENTWISE.split()
+    return torch.Tag.pointwise in found.tags or packet(node).__name__ in _ELEMENTWISE
 
 
 def elementwise(call: Call) -> Any:

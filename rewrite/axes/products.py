@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from rewrite.analysis.carry import is_constant
+
 from .call import Axes, Call
 from .dims import Dim
 from .operators import elementwise, roles, rule
@@ -82,14 +84,8 @@ def _multiplied(call: Call, names: tuple[str, str]) -> Axes:
 def contract(call: Call, a: Dim, b: Dim, *sources: Any) -> None:
     """Two dimensions that are summed over: with a parameter on one side a reader's, otherwise a score's."""
     call.unify(a, b)
-    weighted = any(_is_tensor_of_model(source) for source in sources)
+    weighted = any(isinstance(source, Node) and is_constant(source) for source in sources)
     a.use("in" if weighted else "score")
-
-
-def _is_tensor_of_model(node: Any) -> bool:
-    while isinstance(node, Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return isinstance(node, Node) and node.op == "get_attr"
 
 
 @rule("einsum")
@@ -104,7 +100,7 @@ def _einsum(call: Call) -> Axes:
     for term, axes in zip(terms, given, strict=True):
         for letter, dim in zip(term, axes, strict=True):
             known[letter] = call.unify(known[letter], dim) if letter in known else dim
-    weighted = any(_is_tensor_of_model(node) for node in call.named["tensors"])
+    weighted = any(isinstance(node, Node) and is_constant(node) for node in call.named["tensors"])
     for letter, dim in known.items():
         if letter not in right:
             dim.use("in" if weighted else "score")

@@ -66,16 +66,16 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
 
 
 def _parameters(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill) -> None:
-    by_path: dict[str, dict[int, Place]] = {}
+    by_path: dict[str, list[Place]] = {}
     for place in table.places:
-        by_path.setdefault(place.path, {}).setdefault(place.axis, place)
-    for path, places in by_path.items():
+        by_path.setdefault(place.path, []).append(place)
+    for path, along in by_path.items():
         tensor = attribute(edit.program.module, path)
-        vectors = {axis: tuple(vector_of(place.dim, chosen)) for axis, place in places.items()}
+        dims = {place.axis: place.dim for place in along}
+        vectors = {axis: tuple(vector_of(dim, chosen)) for axis, dim in dims.items()}
         changed = {axis: v for axis, v in vectors.items() if list(v) != list(range(tensor.shape[axis]))}
         if changed:
             shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
-            along = [place for place in table.places if place.path == path]
             made = Resized(tuple(sorted(changed.items())), fill(path, tensor, along, shape))
             edit.set_parameter(path, made, path)
 

@@ -116,15 +116,29 @@ class Parts:
 
     @functools.cached_property
     def ends(self) -> tuple[list[Node], list[Node]]:
-        """The values that both programs return, floating tensors where both have them."""
+        """The tensors that the program before returns, and those after in their place."""
         pairs = [(old, new) for old, new in self.claims.final() if is_tensor(old) and is_tensor(new)]
         return [old for old, _ in pairs], [new for _, new in pairs]
 
     @functools.cached_property
+    def inputs(self) -> dict[str, list[torch.Tensor]]:
+        """What both programs are recorded on, by name."""
+        return dict(variants(self.given.before, self.given.seed))
+
+    @functools.cached_property
+    def site_error(self) -> tuple[float, str]:
+        """The largest error of a part against its old form, at the values that flow into that, and where it is."""
+        worst, where = 0.0, ""
+        for cut in self.cuts:
+            error = _error_of(self, cut)
+            if error > worst:
+                worst, where = error, cut.name
+        return worst, where
+
+    @functools.cached_property
     def after_tape(self) -> Tape:
         """Values of the program after, where its parts begin and at its end."""
-        inputs = dict(variants(self.given.before, self.given.seed))
-        tape = Tape(self.given.after, inputs, self.given.seed, self.like.after_tape if self.like else None)
+        tape = Tape(self.given.after, self.inputs, self.given.seed, self.like.after_tape if self.like else None)
         nodes, probed = ([n for cut in cuts for n in cut.new_border] for cuts in (self.cuts, self.firsts))
         tape.keep(nodes if self.like else [*nodes, *self.ends[1]], probed)
         return tape
@@ -132,7 +146,7 @@ class Parts:
     @functools.cached_property
     def before_tape(self) -> Tape:
         """Values of the program before, where its parts begin and at its end."""
-        tape = Tape(self.given.before, dict(variants(self.given.before, self.given.seed)), self.given.seed)
+        tape = Tape(self.given.before, self.inputs, self.given.seed)
         tape.keep([*(n for cut in self.cuts for n in cut.old_border), *self.ends[0]])
         return tape
 
@@ -162,7 +176,7 @@ def _by_formula(parts: Parts, cut: Cut) -> Held:
 def close(parts: Parts, label: str = "") -> Check:
     """No part is further from its old form than the bound, at the values that flow into it."""
     bound = parts.given.contract.error_bound
-    worst, where = site_error(parts)
+    worst, where = parts.site_error
     detail = f"{worst:.3g} (relative, root mean square{f', worst at {where}' if where else ''}; bound {bound:g})"
     return Check(f"close{label}", worst <= bound, detail, worst)
 
@@ -175,19 +189,9 @@ def reported(parts: Parts) -> Iterator[Check]:
     )
     error = max((_rms_error(a, b) for a, b in zip(old, new, strict=True) if a.shape == b.shape), default=0.0)
     yield Check("output error", True, "relative, root mean square, at the example inputs", error)
-    error, where = site_error(parts)
+    error, where = parts.site_error
     if where:
         yield Check("site error", True, f"relative, worst at {where}", error)
-
-
-def site_error(parts: Parts) -> tuple[float, str]:
-    """The largest error of a part against its old form, at the values that flow into that, and where it is."""
-    worst, where = 0.0, ""
-    for cut in parts.cuts:
-        error = _error_of(parts, cut)
-        if error > worst:
-            worst, where = error, cut.name
-    return worst, where
 
 
 def _error_of(parts: Parts, cut: Cut) -> float:
