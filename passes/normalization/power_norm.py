@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 from rewrite.analysis.norms import Norm
-from rewrite.analysis.running_norm import RunningNorm, rows
+from rewrite.analysis.running_norm import RunningSquareNorm, rows
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.running_norms import RunningNorms, Statistics, buffer, weight_of
 
 
-class PowerNorm(RunningNorm):
+class PowerNorm(RunningSquareNorm):
     """y = weight ∘ x / √(square + eps) + bias.
 
     ``square`` [C] is the running mean of x², ``control`` [C] what the gradient is corrected by.
     """
 
-    square: torch.Tensor
     control: torch.Tensor
 
     def __init__(
@@ -43,14 +42,6 @@ class PowerNorm(RunningNorm):
         with torch.no_grad():
             self.square.lerp_(rows(x).square().mean(0).to(self.square.dtype), self.momentum)
         return u * self.weight if self.bias is None else u * self.weight + self.bias
-
-    def sources(self) -> tuple[str, ...]:
-        return ("weight", "square") if self.bias is None else ("weight", "square", "bias")
-
-    @staticmethod
-    def affine_map(eps: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, square, *bias = tensors
-        return weight * (square + eps).rsqrt(), bias[0] if bias else None
 
 
 class _Normalized(torch.autograd.Function):

@@ -9,19 +9,18 @@ import torch
 from torch import nn
 
 from rewrite.analysis.norms import Norm
-from rewrite.analysis.running_norm import RunningNorm, rows
+from rewrite.analysis.running_norm import RunningSquareNorm, rows
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.running_norms import RunningNorms, Statistics, buffer, weight_of
 
 
-class UnifiedNorm(RunningNorm):
+class UnifiedNorm(RunningSquareNorm):
     """y = weight ∘ x / √(square + eps) + bias; in training with the geometric mean of the last ``window`` mean squares.
 
     ``square`` [C] is the running one, ``squares`` and ``controls`` [window, C] hold the last steps' mean squares and
     gradient statistics, ``count`` the steps so far.
     """
 
-    square: torch.Tensor
     squares: torch.Tensor
     controls: torch.Tensor
     count: torch.Tensor
@@ -62,14 +61,6 @@ class UnifiedNorm(RunningNorm):
             self.square.lerp_(smooth, self.momentum)
         u: torch.Tensor = _Smoothed.apply(x, (smooth + self.eps).rsqrt(), self.controls, place, used / steps)
         return u * self.weight if self.bias is None else u * self.weight + self.bias
-
-    def sources(self) -> tuple[str, ...]:
-        return ("weight", "square") if self.bias is None else ("weight", "square", "bias")
-
-    @staticmethod
-    def affine_map(eps: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, square, *bias = tensors
-        return weight * (square + eps).rsqrt(), bias[0] if bias else None
 
 
 def window_mask(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

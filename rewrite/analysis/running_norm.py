@@ -39,6 +39,20 @@ class RunningNorm(nn.Module):
         return x * gain if shift is None else x * gain + shift
 
 
+class RunningSquareNorm(RunningNorm):
+    """y = weight ∘ x / √(square + eps) + bias in evaluation, with ``square`` [C] a running mean of x²."""
+
+    square: torch.Tensor
+
+    def sources(self) -> tuple[str, ...]:
+        return ("weight", "square") if self.bias is None else ("weight", "square", "bias")
+
+    @staticmethod
+    def affine_map(eps: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, square, *bias = tensors
+        return weight * (square + eps).rsqrt(), bias[0] if bias else None
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
     """A value as a matrix [tokens, channels]."""
     return x.reshape(-1, x.shape[-1])
