@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
-from rewrite.pipeline.folding import NormReaders, fold_gain, fold_shift
+from rewrite.pipeline.folding import NormReaders, fold_affine
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import SAME, Contract
@@ -59,16 +57,8 @@ def _obstacle(norm: Norm, found: NormReaders) -> str:
 
 
 def _fold(norm: Norm, found: NormReaders, context: Context) -> None:
-    linears = found.linears(norm.node)
-    if norm.bias_path is not None:  # first: it takes the weight that is not folded yet
-        fold_shift(context.edit, linears, _flat, norm.bias_path)
-    if norm.weight_path is not None:
-        fold_gain(context.edit, linears, functools.partial(_flat, offset=norm.offset), norm.weight_path)
+    fold_affine(context.edit, norm, found.linears(norm.node))
     context.edit.replace_layer(norm.path, _without_affine(norm))
-
-
-def _flat(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
-    return tensor.reshape(-1) + offset
 
 
 def _without_affine(norm: Norm) -> nn.Module:

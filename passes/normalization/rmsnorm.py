@@ -10,10 +10,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
-from rewrite.analysis.streams import streams_of
+from rewrite.analysis.streams import Stream, streams_of
+from rewrite.errors import RewriteError
 from rewrite.graph.layers import BiasedRMSNorm, TransposedLinear
 from rewrite.graph.nodes import attribute
 from rewrite.pipeline.centering import Centering
+from rewrite.pipeline.compressing import Compressing
 from rewrite.pipeline.norm_formulas import norm_formula
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
@@ -70,6 +72,18 @@ class CenteredConv2d(nn.Conv2d):
         return found
 
 
+class CRMSNorm(nn.Module):
+    """y = z / √((Σ z² + (Σ z)²) / d + eps): the RMSNorm of x = (z, -Σ z), d = len(z) + 1, without its last unit."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        squares = z.square().sum(-1, keepdim=True) + z.sum(-1, keepdim=True).square()
+        return z * torch.rsqrt(squares / (z.shape[-1] + 1) + self.eps)
+
+
 class CenteredDropout(nn.Dropout):
     """Dropout, and the mean over the last axis taken out of what is left."""
 
@@ -98,6 +112,10 @@ class RMSNorm(Pass):
     they are and uses layers that center them at every call, or what leaves a dropout: training too stays that of the
     LayerNorm model.
 
+    ``compressed=true`` also drops the last unit of the stream, which is minus the sum of the others (Pre-CRMSNorm): writers
+    lose a row, a linear layer that reads a norm gets W[:, :-1] - W[:, -1:] with the norm's weight and bias folded in, the
+    norm becomes z / √((Σ z² + (Σ z)²) / d + eps). The model's own class does not know the size d - 1.
+
     Refused, by name, where something reads the stream that is no LayerNorm (post-norm models); with ``centering=bake`` also
     where a dropout stands on the stream in training, and where what a branch writes cannot be centered. ``mode=swap`` just
     puts RMSNorm in LayerNorm's place: another function.
@@ -106,10 +124,15 @@ class RMSNorm(Pass):
     """
 
     name = "rmsnorm"
-    inserts = (BiasedRMSNorm, Center, *KEPT.values())
+    inserts = (BiasedRMSNorm, Center, CRMSNorm, *KEPT.values())
     mode: Literal["exact", "swap"] = option("exact", "exact: the same function; swap: the plain replacement")
     centering: Literal["bake", "keep"] = option("bake", "bake: the weights are centered once; keep: at every call")
+    compressed: bool = option(False, "true: the stream without its last unit, which the others tell")
     where: Selector = option(Selector("*"), "norms to replace: path glob, type:, re:, !, several with |")
+
+    def __post_init__(self) -> None:
+        if self.compressed and (self.mode, self.centering) != ("exact", "bake"):
+            raise RewriteError("rmsnorm{compressed=true} needs mode=exact and centering=bake: a unit is told by the others")
 
     def contract(self) -> Contract:
         promise = SAME if self.mode == "exact" else NEW
@@ -118,8 +141,14 @@ class RMSNorm(Pass):
     def run(self, program: Program, context: Context) -> None:
         chosen = context.choose([n for n in norms(program) if n.kind == "layer"], self.where)
         if self.mode == "exact":
-            kinds = KEPT if self.centering == "keep" else None
-            chosen = _on_centered_streams(chosen, Centering(program, context, Center, kinds), program, context)
+            centering = Centering(program, context, Center, KEPT if self.centering == "keep" else None)
+            pairs = _on_ready_streams(chosen, centering, program, context)
+            if self.compressed:
+                Compressing(program, context, centering, _compressed).run(pairs)
+                return
+            for stream in {id(stream): stream for _, stream in pairs}.values():
+                centering.center(stream)
+            chosen = [norm for norm, _ in pairs]
         for norm in {n.path: n for n in chosen}.values():
             context.edit.replace_layer(norm.path, _rms(norm, program, context))
 
@@ -128,19 +157,24 @@ class RMSNorm(Pass):
         return norm_formula(new, inputs[0])
 
 
-def _on_centered_streams(chosen: list[Norm], centering: Centering, program: Program, context: Context) -> list[Norm]:
-    """The norms whose streams can be centered, which is done; the others are skipped with the reason."""
+def _on_ready_streams(
+    chosen: list[Norm], centering: Centering, program: Program, context: Context
+) -> list[tuple[Norm, Stream]]:
+    """The norms whose streams can be centered, with those; the others are skipped with the reason."""
     ready = []
     streams = streams_of(program, [(norm.node.all_input_nodes[0], norm.channel_axis) for norm in chosen])
     reasons = {id(stream): centering.obstacle(stream) for stream in streams}
-    for stream in {id(s): s for s in streams if not reasons[id(s)]}.values():
-        centering.center(stream)
     for norm, stream in zip(chosen, streams, strict=True):
         if reasons[id(stream)]:
             context.skip(norm.path, reasons[id(stream)])
         else:
-            ready.append(norm)
+            ready.append((norm, stream))
     return ready
+
+
+def _compressed(norm: Norm) -> nn.Module:
+    assert norm.eps is not None
+    return CRMSNorm(norm.eps)
 
 
 def _rms(norm: Norm, program: Program, context: Context) -> nn.Module:

@@ -24,6 +24,9 @@ from rewrite.graph.nodes import (
     tensor_value,
 )
 from rewrite.graph.program import Program
+from rewrite.torch_private import _DropoutNd
+
+from .carry import carried, dimensions
 
 Layout = Literal["out_in", "in_out"]
 _ALL = (0, 2**62)
@@ -180,25 +183,32 @@ def _ends(program: Program, node: Node, path: str) -> list[tuple[Node, Rows]]:
     return found
 
 
-def readers(node: Node) -> Iterator[tuple[Node, Node]]:
+_MOVES = frozenset(
+    getattr(aten, name)
+    for names in (
+        "transpose permute reshape view flatten unflatten unsqueeze squeeze expand contiguous clone",
+        "select slice narrow index mean",
+    )
+    for name in names.split()
+)
+
+
+def readers(program: Program, node: Node) -> Iterator[tuple[Node, Node]]:
     """Who reads a value along its last axis, with the node it is read from: (reader, source).
 
-    Nodes that only rearrange the other axes are looked through.
+    Nodes that move, choose or average along the other axes are looked through: what they give of an affine map of the
+    last axis is that map of what they give. So is a dropout that drops nothing.
     """
     for user in node.users:
-        if _keeps_last(user, node):
-            yield from readers(user)
+        if _keeps_last(program, user, node):
+            yield from readers(program, user)
         else:
             yield user, node
 
 
-def _keeps_last(node: Node, source: Node) -> bool:
-    before, after = tensor_value(source), tensor_value(node)
-    if before is None or after is None or packet(node) not in (aten.transpose, aten.permute, aten.reshape, aten.contiguous):
+def _keeps_last(program: Program, node: Node, source: Node) -> bool:
+    layer: Any = program.layer(node) if node.op == "call_module" else None
+    if packet(node) not in _MOVES and not (isinstance(layer, _DropoutNd) and not layer.p):
         return False
-    named, last = call_arguments(node), before.dim() - 1
-    if packet(node) is aten.transpose:
-        return last not in {cast(int, named[k]) % before.dim() for k in ("dim0", "dim1")}
-    if packet(node) is aten.permute:
-        return cast("list[int]", named["dims"])[-1] % before.dim() == last
-    return bool(after.dim()) and str(after.shape[-1]) == str(before.shape[-1])
+    rank = dimensions(source)
+    return bool(rank) and carried(program, node, source, rank - 1) == dimensions(node) - 1

@@ -26,6 +26,8 @@ class Selectable(Protocol):
 
 
 S = TypeVar("S", bound=Selectable)
+NOT_SELECTED = "not selected by where="
+"""How the reason begins with which a place is left alone that the selector does not choose."""
 
 
 @dataclass
@@ -73,5 +75,5 @@ class Context:
         kept = {id(s) for s in chosen}
         for site in sites:
             if id(site) not in kept:
-                self.skip(site.path, f"not selected by where={where}")
+                self.skip(site.path, f"{NOT_SELECTED}{where}")
         return chosen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.analysis.linears import Layout, Linear, Readers, Rows, linear_of, readers
+from rewrite.analysis.norms import Norm
 from rewrite.analysis.uses import Uses
 from rewrite.analysis.writers import named
 from rewrite.graph.nodes import attribute
@@ -24,21 +26,26 @@ Vector = Callable[..., torch.Tensor]
 
 
 class NormReaders:
-    """Who reads the values of norms, how often each layer is called, and which tensors are shared."""
+    """Who reads the values of norms, how often each layer is called, and which tensors are shared.
 
-    def __init__(self, program: Program) -> None:
+    ``untied`` names tensors that will have been untied by then, with ``biased`` a layer without a bias is given one.
+    """
+
+    def __init__(self, program: Program, untied: Collection[str] = (), *, biased: bool = False) -> None:
         self.program = program
+        self.untied = untied
+        self.biased = biased
         self.uses = Uses(program)
         self.tensors = Readers(program)
 
     def linears(self, node: Node) -> list[Linear]:
         """The linear maps that read a value, each once."""
-        found = {reader: linear_of(self.program, reader) for reader, _ in readers(node)}
+        found = {reader: linear_of(self.program, reader) for reader, _ in readers(self.program, node)}
         return [linear for linear in found.values() if linear is not None]
 
     def obstacle(self, node: Node, *, shifted: bool) -> str:
         """Why nothing can be folded into what reads a value, a shift neither where ``shifted``; empty if it can."""
-        return next(filter(None, (self._reader(*pair, shifted) for pair in readers(node))), "")
+        return next(filter(None, (self._reader(*pair, shifted) for pair in readers(self.program, node))), "")
 
     def _reader(self, reader: Node, source: Node, shifted: bool) -> str:
         linear = linear_of(self.program, reader)
@@ -48,7 +55,7 @@ class NormReaders:
         shared = next(filter(None, (self._shared(rows, reader) for rows in folded)), "")
         if shared:
             return f"{named(reader)}, which reads it, {shared}"
-        if shifted and not linear.bias:
+        if shifted and not linear.bias and not (self.biased and linear.layer is not None):
             return f"{named(reader)}, which reads it, has no bias to take its own"
         return ""
 
@@ -57,45 +64,76 @@ class NormReaders:
         tensor = attribute(self.program.module, rows.path)
         if not isinstance(tensor, nn.Parameter):
             return f"has {rows.path or 'a constant'} in its bias, which is no parameter"
-        other = next((name for name in self.uses.names(tensor) if name != rows.path), None)
+        other = next((name for name in self.uses.names(tensor) if name not in (rows.path, *self.untied)), None)
         if other is not None:
             return f"shares its {rows.path.rpartition('.')[2]} with {other}"
-        others = [node for node, _ in self.tensors.of(rows) if node is not reader]
+        others = [node for node, own in self.tensors.of(rows) if node is not reader and own.path not in self.untied]
         if not others:
             return ""
         return "is called elsewhere too" if reader.op == "call_module" else f"shares {rows.path} with {others[0].name}"
 
 
 def fold_shift(edit: Editor, linears: Sequence[Linear], shift: Vector, *sources: str) -> None:
-    """c becomes c + W b for b = shift(sources), with the weights as they are now: fold it before a gain."""
+    """c becomes c + W b for b = shift(sources), with the weights as they are now: fold it before a gain.
+
+    A layer without a bias is given W b as one.
+    """
     for linear in linears:
         weights = [rows.path for rows in linear.weight]
         start = 0
-        for rows in linear.bias:
-            compute = _Shifted(rows, start, linear.weight, linear.layout, shift, len(sources))
-            edit.set_parameter(rows.path, compute, rows.path, *sources, *weights)
+        for rows in linear.bias or (Rows(f"{linear.path}.bias", 0, linear.out_features),):
+            compute = _Shifted(rows, start, linear.weight, linear.layout, shift, len(sources), bool(linear.bias))
+            edit.set_parameter(rows.path, compute, *[rows.path] * compute.biased, *sources, *weights)
             start += rows.size
 
 
 def fold_gain(edit: Editor, linears: Sequence[Linear], gain: Vector, *sources: str) -> None:
     """W becomes W diag(a) for a = gain(sources), which may also be one number."""
+    change_weights(edit, linears, _Scaled(gain), *sources)
+
+
+def change_weights(edit: Editor, linears: Sequence[Linear], change: Vector, *sources: str) -> None:
+    """W [out_features, in_features] becomes change(W, *sources), in the rows of tensors that the linear maps use."""
     for linear in linears:
         for rows in linear.weight:
-            edit.set_parameter(rows.path, _Scaled(rows, linear.layout, gain), rows.path, *sources)
+            edit.set_parameter(rows.path, _Changed(rows, linear.layout, change), rows.path, *sources)
+
+
+def fold_affine(edit: Editor, norm: Norm, linears: Sequence[Linear]) -> None:
+    """A norm's weight and bias into the linear maps that read it; the norm still has them."""
+    if norm.bias_path is not None:  # first: it takes the weight that is not folded yet
+        fold_shift(edit, linears, flat, norm.bias_path)
+    if norm.weight_path is not None:
+        fold_gain(edit, linears, functools.partial(flat, offset=norm.offset), norm.weight_path)
+
+
+def flat(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """A norm's parameter as one number a channel."""
+    return tensor.reshape(-1) + offset
 
 
 @dataclass(frozen=True)
 class _Scaled:
-    """W diag(a), in the rows of W that the linear map uses."""
+    """W diag(a)."""
 
-    rows: Rows
-    layout: Layout
     gain: Vector
 
     def __call__(self, weight: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return weight * self.gain(*sources)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A tensor with the rows of W that the linear map uses changed."""
+
+    rows: Rows
+    layout: Layout
+    change: Vector
+
+    def __call__(self, weight: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
         whole = weight if self.layout == "out_in" else weight.t()
-        folded = whole[self.rows.start : self.rows.stop] * self.gain(*sources)
-        whole = torch.cat([whole[: self.rows.start], folded, whole[self.rows.stop :]])
+        changed = self.change(whole[self.rows.start : self.rows.stop], *sources)
+        whole = torch.cat([whole[: self.rows.start], changed, whole[self.rows.stop :]])
         return whole if self.layout == "out_in" else whole.t().contiguous()
 
 
@@ -109,10 +147,15 @@ class _Shifted:
     layout: Layout
     shift: Vector
     count: int
+    biased: bool
 
-    def __call__(self, bias: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        bias, tensors = (tensors[0], tensors[1:]) if self.biased else (None, tensors)
         shift, weights = self.shift(*tensors[: self.count]), tensors[self.count :]
         used = (w if self.layout == "out_in" else w.t() for w in weights)
         weight = torch.cat([w[part.start : part.stop] for w, part in zip(used, self.weights, strict=True)])
-        moved = bias[self.rows.start : self.rows.stop] + (weight @ shift)[self.start : self.start + self.rows.size]
+        moved = (weight @ shift)[self.start : self.start + self.rows.size]
+        if bias is None:
+            return moved
+        moved = bias[self.rows.start : self.rows.stop] + moved
         return torch.cat([bias[: self.rows.start], moved, bias[self.rows.stop :]])

@@ -16,7 +16,7 @@ from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
 from rewrite.graph.history import Skipped
 from rewrite.graph.program import Program
-from rewrite.pipeline.context import Context, S
+from rewrite.pipeline.context import NOT_SELECTED, Context, S
 from rewrite.pipeline.crash import VerificationError
 from rewrite.pipeline.run import digest
 from rewrite.pipeline.select import Selector
@@ -157,7 +157,10 @@ class _Offered(Context):
 
 
 def check_partial(trial: Trial) -> str:
-    """A ``where`` that selects one place leaves every other as it is, with a reason (or it is refused, by name)."""
+    """A ``where`` that selects one place leaves every other as it is, with a reason (or it is refused, by name).
+
+    A place that only goes together with others may be left alone too, for a reason of the pass's own.
+    """
     options = [f.name for f in dataclasses.fields(trial.step) if isinstance(getattr(trial.step, f.name), Selector)]  # type: ignore[arg-type]
     if "where" not in options or not trial.paths:
         return "not checked: there is no option where" if trial.paths else "not checked: nothing changes"
@@ -189,10 +192,14 @@ def _only(chosen: str, others: Sequence[str], after: Program) -> str:
     for path in changed_paths(after):
         if any(_within(path, other) for other in others) and not _within(path, chosen):
             raise fail("partial", f"where={chosen} changed {path}, which it does not select")
-    missing = {*others} - {skip.path for skip in after.history[-1].skipped}
+    reasons = {skip.path: skip.reason for skip in after.history[-1].skipped}
+    missing = {*others} - {*reasons}
     if missing:
         raise fail("partial", f"where={chosen} leaves {min(missing)} alone without a reason")
     if not changed_paths(after):
+        own = reasons.get(chosen, NOT_SELECTED)
+        if not own.startswith(NOT_SELECTED):
+            return f"where={chosen} alone changes nothing: {own}"
         raise fail("partial", f"where={chosen} selects a place that the pass changes, and nothing changed")
     return f"where={chosen} leaves {len(others)} others"
 

@@ -10,7 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from rewrite import Program, apply
+from rewrite.errors import RewriteError
 from rewrite.graph.history import Record
+from rewrite.passes.normalization.rmsnorm import CRMSNorm
+from rewrite.testing import FreshProcess, check_pass
 from tests.passes.table import Row
 
 ROWS = [
@@ -246,3 +249,49 @@ def test_kept_centering_takes_scales_offsets_and_dropouts(model: nn.Module) -> N
     assert torch.allclose(result.module.eval()(x), model(x), atol=1e-5)
     assert dict(result.module.named_parameters()).keys() == dict(model.named_parameters()).keys()
     assert record.skipped == ()
+
+
+@pytest.mark.parametrize("model", [Vision(), Vision(scaled=True), Language()])
+def test_compressed_streams_have_a_unit_less(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 4, 4) if isinstance(model, Vision) else torch.randint(11, (2, 6))
+    result, record = rewritten(model, x, "rmsnorm{compressed=true}")
+    assert record.skipped == ()
+    assert [type(layer) for _, layer in result.layers() if type(layer).__name__.endswith("Norm")] == [CRMSNorm] * 3
+    state = result.module.state_dict()
+    assert state["blocks.1.down.weight"].shape == (DIM - 1, 16)
+    assert state["blocks.1.up.weight"].shape == (16, DIM - 1)
+    assert state["head.weight"].shape[1] == DIM - 1
+    assert "head.bias" in state  # the norm's bias, where the head had none
+    assert torch.allclose(result.module(x), model(x), atol=1e-5)
+
+
+def test_crmsnorm_is_the_rmsnorm_of_all_units() -> None:
+    z = torch.randn(3, DIM - 1, dtype=torch.float64)
+    x = torch.cat([z, -z.sum(-1, keepdim=True)], -1)
+    assert torch.allclose(CRMSNorm(1e-5)(z), F.rms_norm(x, (DIM,), eps=1e-5)[:, :-1], rtol=0, atol=1e-15)
+
+
+def test_a_compressed_model_through_the_kit(fresh_process: FreshProcess) -> None:
+    torch.manual_seed(0)
+    model, ids = moved(Language()).eval(), torch.randint(11, (2, 6))
+    check_pass("rmsnorm{compressed=true}", model, (ids,), changes=23, process=fresh_process)
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "words"),
+    [
+        (Language(normed=True), "*", "first writes to it, which is no linear layer"),
+        (Vision(), "blocks.*", "norm normalizes the same dimension, and is not to be replaced"),
+        (nn.Sequential(nn.Linear(4, DIM), Block(), nn.LayerNorm(DIM)), "*", "keeps its weight: the model's output reads it"),
+    ],
+)
+def test_what_cannot_be_compressed_is_left_with_the_reason(model: nn.Module, where: str, words: str) -> None:
+    kinds = {Language: torch.randint(11, (2, 6)), Vision: torch.randn(2, 3, 4, 4)}
+    _, record = rewritten(model, kinds.get(type(model), torch.randn(2, 5, 4)), f"rmsnorm{{compressed=true where={where}}}")
+    assert not record.changed
+    assert words in skipped(record)[[*skipped(record)][-1]]
+
+
+def test_compressed_is_for_weights_that_are_centered_for_good() -> None:
+    with pytest.raises(RewriteError, match="needs mode=exact and centering=bake"):
+        rewritten(Vision(), torch.randn(2, 3, 4, 4), "rmsnorm{compressed=true centering=keep}")
