@@ -14,7 +14,7 @@ from tests.passes.table import Row
 DIM = 8
 
 ROWS = [
-    Row("fold-affine", "vit", 20, near_miss={"layernorm": "slice_1 reads it, which is no linear layer"}),
+    Row("fold-affine", "vit", 20, near_miss={"layernorm": "the model's output reads it, which is no linear layer"}),
     Row("fold-affine", "llama", 14, near_miss={"norm": "the model's output reads it, which is no linear layer"}),
     Row("fold-affine", "t5", 28),
     Row("fold-affine", "EncoderLayer", 6),
@@ -88,3 +88,37 @@ def test_a_weight_alone_needs_no_bias(norm: nn.Module) -> None:
     model = Model(copy.deepcopy(norm), bias=False)
     (record,) = apply(model, "fold-affine", args=(torch.randn(3, DIM),)).history
     assert record.changed
+
+
+class Pooled(nn.Module):
+    """A norm read by a linear layer through what chooses tokens, or averages over them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm, self.head = how, nn.LayerNorm(DIM), nn.Linear(DIM, 4)
+        self.drop = nn.Dropout(0.0 if how != "dropped" else 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        chosen = {"first": n[:, 0], "some": n[:, 1:], "mean": n.mean(1), "sum": n.sum(1)}
+        if self.how == "axes":
+            return self.head(n.mean((1, 2))[:, None].expand(-1, DIM))
+        return self.head(self.drop(chosen.get(self.how, n)))
+
+
+@pytest.mark.parametrize("how", ["first", "some", "mean", "dropless"])
+def test_what_chooses_or_averages_tokens_is_looked_through(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(how), torch.randn(2, 5, DIM)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.randn(DIM)), model.norm.bias.copy_(torch.randn(DIM))
+    program = apply(model, "fold-affine", args=(x,))
+    assert program.history[-1].changed
+    assert torch.allclose(program.module(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["sum", "dropped", "axes"])
+def test_what_is_no_affine_map_of_the_channels_alone_is_not(how: str) -> None:
+    (record,) = apply(Pooled(how), "fold-affine", args=(torch.randn(2, 5, DIM),)).history
+    assert not record.changed
+    assert "which is no linear layer" in record.skipped[0].reason

@@ -216,7 +216,7 @@ def test_timm_beit_concatenates_its_biases() -> None:
     assert [linear.weight[0].path for linear in qkv] == ["blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"]
     assert [rows.path.rpartition(".")[2] for rows in qkv[0].bias] == ["q_bias", "k_bias", "v_bias"]
     record = apply(program, "fold-affine").history[-1]
-    assert len(record.changes) == 6, "the norms before both FFNs"
+    assert len(record.changes) == 9, "the norms before both FFNs and the head"
     assert "has blocks.0.attn.k_bias in its bias, which is no parameter" in record.skipped[0].reason
 
 
