@@ -24,7 +24,7 @@ WINGS = {
     "training": ("graph", "numerics", "frontend.capture"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
-    "pipeline": ("graph", "numerics", "analysis", "proof", "frontend.capture", "plugins", "sources.data"),
+    "pipeline": ("graph", "numerics", "analysis", "axes", "proof", "frontend.capture", "plugins", "sources.data"),
     "files": ("graph", "sources", "frontend", "lowering"),
 }
 PASSES = ("pipeline", "analysis", "axes", "training", "graph", "proof.contract", "proof.part")
