@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rewrite.files.store import load, save
     from rewrite.frontend.capture import capture
     from rewrite.graph.program import Program
+    from rewrite.healing.healed import heal
     from rewrite.lowering.graft import graft
     from rewrite.lowering.lower import export_onnx, lower
     from rewrite.numerics.compare import verify
@@ -53,6 +54,7 @@ __all__ = [
     "export_onnx",
     "get_pass",
     "graft",
+    "heal",
     "load",
     "lower",
     "memory",
@@ -70,6 +72,7 @@ _HOMES = {
     "files.store": ["load", "save"],
     "frontend.capture": ["capture"],
     "graph.program": ["Program"],
+    "healing.healed": ["heal"],
     "lowering.graft": ["graft"],
     "lowering.lower": ["export_onnx", "lower"],
     "numerics.compare": ["verify"],

@@ -22,6 +22,7 @@ WINGS = {
     "analysis": ("graph", "numerics", "sources.data"),
     "axes": ("graph", "analysis"),
     "training": ("graph", "numerics", "frontend.capture"),
+    "healing": ("graph", "numerics", "analysis", "frontend.capture", "sources.data", "files.staging"),
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
     "pipeline": ("graph", "numerics", "analysis", "axes", "proof", "frontend.capture", "plugins", "sources.data"),

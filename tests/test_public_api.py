@@ -29,6 +29,7 @@ SIGNATURES = {
     "export_onnx": ["program", "path", "**options"],
     "prove": ["before", "after", "*", "contract=", "seed="],
     "depth": ["program", "data", "*", "dependency=", "progress=", "seed="],
+    "heal": ["new", "teacher", "data", "*", "steps=", "loss=", "seed=", "checkpoint="],
     "memory": ["model", "args=", "kwargs=", "*", "backend=", "seed="],
     "get_pass": ["name"],
     "pass_names": [],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -138,7 +138,7 @@ class _Viewer(Interpreter):
         self.values.clear()
         try:
             with torch.no_grad(), seeded(self.module, seed):
-                self.run(*self._inputs(call))
+                self.run(*inputs_of(self.program, call, home(self.module)))
         except _EnoughError:
             pass
         except WrittenInPlaceError as error:
@@ -160,18 +160,28 @@ class _Viewer(Interpreter):
             raise _EnoughError
         return value
 
-    def _inputs(self, call: Call) -> list[Any]:
-        """Flat graph inputs, copies on the program's device and of the dtypes that it was captured with."""
-        interface = self.program.module.interface
-        call = fitted(call, [argument.name for argument in interface.arguments if None not in argument.leaves])
-        example = interface.bind(self.program.example_args, self.program.example_kwargs)
-        device = next((t.device for t in self.module.parameters()), torch.device("cpu"))
-        flat = interface.bind(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (call.args, dict(call.kwargs))))
-        return [_like(value, given) for value, given in zip(flat, example, strict=True)]
-
 
 class _EnoughError(Exception):
     """All that is watched was seen."""
+
+
+def inputs_of(program: Program, call: Call, device: torch.device) -> list[Any]:
+    """The flat graph inputs of a call: copies on a device, of the dtypes that the program was captured with."""
+    interface = program.module.interface
+    call = fitted(call, [argument.name for argument in interface.arguments if None not in argument.leaves])
+    example = interface.bind(program.example_args, program.example_kwargs)
+    flat = interface.bind(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (call.args, dict(call.kwargs))))
+    return [_like(value, given) for value, given in zip(flat, example, strict=True)]
+
+
+def home(module: torch.nn.Module) -> torch.device:
+    """The device of a module's parameters."""
+    return next((t.device for t in module.parameters()), torch.device("cpu"))
+
+
+def whole_calls(program: Program, data: Data, batch: int = BATCH) -> Iterator[Call]:
+    """The calls of the data, without a rest of fewer samples than the batch that the capture fixed."""
+    yield from (call for call in data.calls(_fixed_batch(program) or batch) if not _is_rest(program, call))
 
 
 def _like(value: Any, example: Any) -> Any:

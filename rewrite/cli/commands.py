@@ -102,6 +102,16 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Seed
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not prove what the passes promise.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run whatever code a pickle or folder holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Rate = Annotated[float, typer.Option("--lr", metavar="X", help="The largest learning rate of healing.")]
+Loss = Annotated[
+    str, typer.Option(metavar="KIND", help="What healing goes by: kl or mse of the outputs; auto: kl for logits.")
+]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", show_default=False, help="Where healing stands is written there, and gone on from; gone at the end."
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -145,15 +155,55 @@ def apply(
     ] = None,
     no_verify: NoVerify = False,
     trust_pickle: TrustPickle = False,
+    heal: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Samples to train the result on, by the model before."),
+    ] = None,
+    heal_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of healing.")] = 200,
+    lr: Rate = 1e-3,
+    loss: Loss = "auto",
+    checkpoint: CheckpointFile = None,
 ) -> None:
     """Run passes over a model, prove what they promise, write the result."""
+    from .curing import Cure
     from .job import Job, Model
 
     texts = _pass_texts(passes or [], pipeline)
     if not texts:
         raise RewriteError("no pass is given: add --pass NAME; rewrite passes lists them")
     source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
-    _run(Job(source, texts, output, data, not no_verify, dry_run, report))
+    cure = None if heal is None else Cure(heal, None, heal_steps, lr, loss, checkpoint)
+    _run(Job(source, texts, output, data, not no_verify, dry_run, report, cure=cure))
+
+
+@app.command()
+def heal(
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The rewritten model: as MODEL of apply.", show_default=False)],
+    teacher: Annotated[str, typer.Option(metavar="OLD", help="The model that it was.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Samples to learn from.", show_default=False)],
+    steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of training.")] = 200,
+    lr: Rate = 1e-3,
+    loss: Loss = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", show_default=False, help="By default new.pt becomes new.heal.pt."),
+    ] = None,
+    inputs: Inputs = None,
+    checkpoint: CheckpointFile = None,
+    seed: Seed = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write what happened as JSON.", show_default=False)
+    ] = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Train a rewritten model to give what the original gives: least squares first, then AdamW."""
+    from .curing import Cure
+    from .job import Job, Model
+
+    given = tuple(inputs or ())
+    models = [Model(spec, () if spec.endswith(".pt2") else given, None, trust_pickle, seed) for spec in (new, teacher)]
+    cure = Cure(data, models[1], steps, lr, loss, checkpoint)
+    _run(Job(models[0], (), output, report=report, cure=cure))
 
 
 @app.command()

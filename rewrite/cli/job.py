@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rewrite.pipeline.settings import Listener
     from rewrite.sources.data import Data
 
+    from .curing import Cure
+
 FILES = (".pt", ".pth", ".bin", ".pt2", ".safetensors")
 _LIBRARIES = ("torch", "timm", "transformers", "onnx")
 
@@ -105,6 +107,7 @@ class Job:
     report: Path | None = None
     always: bool = False
     """Whether the model is written also when no pass changed it: to export it is to ask for the file."""
+    cure: Cure | None = None
 
     def run(self, listener: Listener) -> Outcome:
         """Do it all, and tell the listener each step.
@@ -126,6 +129,8 @@ class Job:
         earlier = len(program.history)
         with _blamed(program):
             result = apply(program, chain, seed=self.model.seed, verify=self.verify, data=data, listener=listener)
+        if self.cure is not None:
+            result = self.cure.healed(result, program, earlier, self.model.seed, listener)
         changed = self.always or any(record.changes for record in result.history[earlier:])
         with Staging() as reports, Staging(rehearsal=self.dry_run) as staging:
             written = None
@@ -145,6 +150,8 @@ class Job:
             if self.report is not None:
                 with explained(self.report):
                     reports.path(self.report).write_text(outcome.to_json(), encoding="utf-8")
+        if self.cure is not None:
+            self.cure.end()
         return outcome
 
     def plan(self) -> Plan:
@@ -152,6 +159,9 @@ class Job:
         self.model.check()
         names = [element.name for text in self.passes for element in parse(text)]
         read = [path for path in (self.model.weights, self.data, *map(Path, self.model.inputs)) if path]
+        if self.cure is not None:
+            self.cure.check()
+            names, read = [*names, "heal"], [*read, *self.cure.files]
         target = plan(self.model.spec, names, self.output, read)
         if self.report is not None:
             check_free(self.report, [Path(self.model.spec), *read])
