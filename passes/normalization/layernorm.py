@@ -17,19 +17,18 @@ from rewrite.analysis.streams import Stream, streams_of
 from rewrite.analysis.uses import Uses
 from rewrite.analysis.writers import named
 from rewrite.graph.like import like
+from rewrite.pipeline.centered import CENTERED, Center, CenteredDropout
 from rewrite.pipeline.centering import is_read
 from rewrite.pipeline.norm_formulas import norm_formula
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import NEW, SAME, Contract
 
-from .rmsnorm import KEPT, Center, CenteredDropout
-
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
 
-_PLAIN = {centered: plain for plain, centered in KEPT.items()}
+_PLAIN = {centered: plain for plain, centered in CENTERED.items()}
 
 
 class Place(NamedTuple):

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.streams import Stream, streams_of
 from rewrite.errors import RewriteError
-from rewrite.graph.layers import BiasedRMSNorm, TransposedLinear
+from rewrite.graph.layers import BiasedRMSNorm
 from rewrite.graph.nodes import attribute
+from rewrite.pipeline.centered import CENTERED, Center
 from rewrite.pipeline.centering import Centering
-from rewrite.pipeline.compressing import Compressing
+from rewrite.pipeline.compressing import Compressing, CRMSNorm
 from rewrite.pipeline.norm_formulas import norm_formula
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
@@ -24,80 +24,6 @@ from rewrite.proof.contract import NEW, SAME, Contract
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
-
-
-class Center(nn.Module):
-    """y = x - mean(x) along ``axis``."""
-
-    def __init__(self, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x - x.mean(self.axis, keepdim=True)
-
-
-def _centered(tensor: torch.Tensor, axis: int = 0) -> torch.Tensor:
-    return tensor - tensor.mean(axis, keepdim=True)
-
-
-class CenteredLinear(nn.Linear):
-    """y = x (W - mean of its rows)ᵀ + b - mean b: the mean of y is 0."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, _centered(self.weight), None if self.bias is None else _centered(self.bias))
-
-
-class CenteredTransposedLinear(TransposedLinear):
-    """y = x (W - mean of its columns) + b - mean b: the mean of y is 0."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x @ _centered(self.weight, 1)
-        return y if self.bias is None else y + _centered(self.bias)
-
-
-class CenteredEmbedding(nn.Embedding):
-    """y = E[i] - mean E[i]."""
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return _centered(super().forward(ids), -1)
-
-
-class CenteredConv2d(nn.Conv2d):
-    """The convolution with the mean over output channels taken out of weight and bias."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else _centered(self.bias)
-        found: torch.Tensor = self._conv_forward(x, _centered(self.weight), bias)
-        return found
-
-
-class CRMSNorm(nn.Module):
-    """y = z / √((Σ z² + (Σ z)²) / d + eps): the RMSNorm of x = (z, -Σ z), d = len(z) + 1, without its last unit."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        squares = z.square().sum(-1, keepdim=True) + z.sum(-1, keepdim=True).square()
-        return z * torch.rsqrt(squares / (z.shape[-1] + 1) + self.eps)
-
-
-class CenteredDropout(nn.Dropout):
-    """Dropout, and the mean over the last axis taken out of what is left."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _centered(super().forward(x), -1)
-
-
-KEPT: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: CenteredLinear,
-    TransposedLinear: CenteredTransposedLinear,
-    nn.Embedding: CenteredEmbedding,
-    nn.Conv2d: CenteredConv2d,
-    nn.Dropout: CenteredDropout,
-}
 
 
 @dataclass(frozen=True)
@@ -124,7 +50,7 @@ class RMSNorm(Pass):
     """
 
     name = "rmsnorm"
-    inserts = (BiasedRMSNorm, Center, CRMSNorm, *KEPT.values())
+    inserts = (BiasedRMSNorm, Center, CRMSNorm, *CENTERED.values())
     mode: Literal["exact", "swap"] = option("exact", "exact: the same function; swap: the plain replacement")
     centering: Literal["bake", "keep"] = option("bake", "bake: the weights are centered once; keep: at every call")
     compressed: bool = option(False, "true: the stream without its last unit, which the others tell")
@@ -141,10 +67,10 @@ class RMSNorm(Pass):
     def run(self, program: Program, context: Context) -> None:
         chosen = context.choose([n for n in norms(program) if n.kind == "layer"], self.where)
         if self.mode == "exact":
-            centering = Centering(program, context, Center, KEPT if self.centering == "keep" else None)
+            centering = Centering(program, context, Center, CENTERED if self.centering == "keep" else None)
             pairs = _on_ready_streams(chosen, centering, program, context)
             if self.compressed:
-                Compressing(program, context, centering, _compressed).run(pairs)
+                Compressing(program, context, centering).run(pairs)
                 return
             for stream in {id(stream): stream for _, stream in pairs}.values():
                 centering.center(stream)
@@ -170,11 +96,6 @@ def _on_ready_streams(
         else:
             ready.append((norm, stream))
     return ready
-
-
-def _compressed(norm: Norm) -> nn.Module:
-    assert norm.eps is not None
-    return CRMSNorm(norm.eps)
 
 
 def _rms(norm: Norm, program: Program, context: Context) -> nn.Module:

@@ -5,7 +5,7 @@ What writes to the stream loses its last row; a linear map that reads a norm of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,14 +31,23 @@ Pair = tuple[Norm, Stream]
 """A norm, and the stream that it reads."""
 
 
+class CRMSNorm(nn.Module):
+    """y = z / √((Σ z² + (Σ z)²) / d + eps): the RMSNorm of x = (z, -Σ z), d = len(z) + 1, without its last unit."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        squares = z.square().sum(-1, keepdim=True) + z.sum(-1, keepdim=True).square()
+        return z * torch.rsqrt(squares / (z.shape[-1] + 1) + self.eps)
+
+
 class Compressing:
-    """Compresses the streams that some norms read, all those of one dimension together.
+    """Compresses the streams that some norms read, all those of one dimension together."""
 
-    ``layer`` makes the layer that stands for a norm without affine, whose input is compressed.
-    """
-
-    def __init__(self, program: Program, context: Context, centering: Centering, layer: Callable[[Norm], nn.Module]) -> None:
-        self.program, self.context, self.centering, self.layer = program, context, centering, layer
+    def __init__(self, program: Program, context: Context, centering: Centering) -> None:
+        self.program, self.context, self.centering = program, context, centering
         self.table = analyze(program)
 
     def run(self, pairs: Sequence[Pair]) -> None:
@@ -95,7 +104,7 @@ class Compressing:
             fold_affine(edit, norm, linears)
             change_weights(edit, linears, _without_last)
         for norm, _ in group:
-            edit.replace_layer(norm.path, self.layer(norm))
+            edit.replace_layer(norm.path, CRMSNorm(0.0 if norm.eps is None else norm.eps))
         edit.move([norm.node for norm, _ in group], "without the last unit")
         table = analyze(self.program)
         dim = _dim_of(group[0][0], table)

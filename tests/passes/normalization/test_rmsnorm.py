@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rewrite import Program, apply
 from rewrite.errors import RewriteError
 from rewrite.graph.history import Record
-from rewrite.passes.normalization.rmsnorm import CRMSNorm
+from rewrite.pipeline.compressing import CRMSNorm
 from rewrite.testing import FreshProcess, check_pass
 from tests.passes.table import Row
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rewrite import apply
-from rewrite.passes.pruning.random_prune import Masked, densities
+from rewrite.analysis.densities import densities
+from rewrite.pipeline.masking import Masked
 from tests.passes.table import Row
 
 ROWS = [
