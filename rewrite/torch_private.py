@@ -7,6 +7,7 @@ not here: they are part of what a file says, and stay as long as files do.
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import torch
@@ -53,6 +54,7 @@ __all__ = [
     "serialized",
     "set_guards_code",
     "size_symbol",
+    "top_saved_hooks",
     "torch_c",
     "transform_depth",
 ]
@@ -68,6 +70,7 @@ NAMES: dict[str, str] = {
     "torch._C.DisableTorchFunction": "a size decision is computed with plain tensors inside a trace",
     "torch._C.PyTorchFileReader": "a zip of tensors is listed, and its pickle scanned, before anything is loaded",
     "torch._C._VariableFunctionsClass": "pickles name functions of torch as attributes of this class",
+    "torch._C._autograd._top_saved_tensors_default_hooks": "hooks on saved tensors hand on to those around them what they leave",
     "torch._C._functorch.get_interpreter_stack": "how many function transforms are being run, before a vmap's steps are",
     "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth": "a vmap whose steps stopped halfway is left",
     "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",
@@ -172,3 +175,9 @@ def transform_depth() -> int:
 def leave_transforms(depth: int) -> None:
     """Leave the function transforms beyond this many."""
     torch_c._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+def top_saved_hooks() -> tuple[Any, Any] | None:
+    """The innermost hooks on saved tensors, pack and unpack; None where there are none."""
+    found: tuple[Any, Any] | None = torch_c._autograd._top_saved_tensors_default_hooks(True)
+    return found

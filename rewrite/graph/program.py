@@ -18,7 +18,7 @@ from .copies import copied_children, uncollected
 from .fakes import Fakes
 from .interface import Interface, make_forward
 from .nodes import attribute
-from .properties import NONE, checked, under
+from .properties import NONE, Running, checked, executed, under
 
 if TYPE_CHECKING:
     from .history import Record
@@ -67,6 +67,8 @@ class LayerGraph(nn.Module):
         """Generate ``forward`` anew from the graph; needed after every edit, done by the edit layer."""
         run, source = compile_graph(self.graph)
         self.__dict__["code"] = source
+        running = Running(lambda graph: run if graph is self.graph else compile_graph(graph)[0])
+        run = executed(self.graph, running, self.properties)
         type(self).forward = make_forward(self.interface, under(run, self.properties))
 
     def assume(self, properties: Mapping[str, Any]) -> None:

@@ -15,12 +15,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Graph
 
 from rewrite.errors import RewriteError, did_you_mean
 from rewrite.plugins import PROPERTIES, announced, load
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 _DEPTH, _LEAVES, _TEXT = 16, 100_000, 10_000
+
+
+Runner = Callable[..., Any]
+"""A graph that is run: ``run(module, *inputs)``."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How graphs are run: ``made(graph)`` is what runs one; ``begin(path)`` is told of a part that is run as a whole."""
+
+    made: Callable[[Graph], Runner]
+    begin: Callable[[str], None] = lambda path: None
 
 
 Around = Callable[[nn.Module, Sequence[torch.Tensor], Any], AbstractContextManager[Any]]
@@ -33,11 +46,13 @@ class Property:
     ``around(module, inputs, value)`` is the context in which each forward of the module runs on these tensors; without
     it the value only tells something. It must leave what the forward computes as it is, bit for bit. ``check(value)``
     raises RewriteError for a value that it cannot have. ``inference`` says whether a lowering for inference keeps it.
+    ``execute(graph, running, value)`` gives what runs a layer graph, ``run(module, *inputs)``, or None where nothing changes.
     """
 
     around: Around | None = None
     check: Callable[[Any], None] = lambda value: None
     inference: bool = False
+    execute: Callable[[Graph, Running, Any], Runner | None] | None = None
 
 
 def known(name: str) -> Property:
@@ -85,6 +100,16 @@ def thawed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: thawed(item) for key, item in value.items()}
     return [thawed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def executed(graph: Graph, running: Running, properties: Mapping[str, Any]) -> Runner:
+    """What runs a layer graph as its properties say."""
+    for name, value in properties.items():
+        execute = known(name).execute
+        run = None if execute is None else execute(graph, running, value)
+        if run is not None:
+            return run
+    return running.made(graph)
 
 
 def under(run: Callable[..., Any], properties: Mapping[str, Any]) -> Callable[..., Any]:

@@ -21,11 +21,13 @@ from rewrite.torch_private import _DropoutNd
 def seeded(module: nn.Module, seed: int) -> Iterator[None]:
     """Within the context, each random layer draws from a generator seeded by (seed, its path, number of its call).
 
-    Anything else that draws uses the global generator, seeded with ``seed``. Generator states are restored.
+    Anything else that draws uses the global generator, seeded with ``seed``. Generator states are restored. A call from a
+    state of the generator that was there before, as when a backward computes a forward again, draws what was drawn then.
     """
     calls: Counter[str] = Counter()
+    numbers: dict[tuple[str, bytes], int] = {}
     handles = [
-        layer.register_forward_pre_hook(_reseed(path, seed, calls))
+        layer.register_forward_pre_hook(_reseed(path, seed, calls, numbers))
         for path, layer in module.named_modules()
         if path and draws(layer)
     ]
@@ -39,10 +41,13 @@ def seeded(module: nn.Module, seed: int) -> Iterator[None]:
                 handle.remove()
 
 
-def _reseed(path: str, seed: int, calls: Counter[str]) -> Any:
+def _reseed(path: str, seed: int, calls: Counter[str], numbers: dict[tuple[str, bytes], int]) -> Any:
     def hook(layer: nn.Module, inputs: Any) -> None:
-        text = f"{seed}/{path}/{calls[path]}"
-        calls[path] += 1
+        place = (path, torch.get_rng_state().numpy().tobytes())
+        if place not in numbers:
+            numbers[place] = calls[path]
+            calls[path] += 1
+        text = f"{seed}/{path}/{numbers[place]}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
     return hook

@@ -5,11 +5,31 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.layers import ScaledDotProductAttention
+from rewrite.graph.layers import ScaledDotProductAttention, TransposedLinear
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
 
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Softplus,
+    nn.ELU,
+    nn.SELU,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+)
+"""Those that keep their input, unless they write in place; the others keep their result."""
 _LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.Bilinear,
@@ -19,21 +39,15 @@ _LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
     nn.PReLU,
     nn.MaxPool1d,
     nn.MaxPool2d,
     nn.MaxPool3d,
     ScaledDotProductAttention,
+    TransposedLinear,
     Region,
+    *NORMS,
+    *ACTIVATIONS,
 )
 _OPERATORS = (
     aten.mul,

@@ -11,14 +11,14 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
 from rewrite.graph.layers import Constants
 from rewrite.graph.nodes import attribute, module_path, packet
 from rewrite.graph.program import LayerGraph, Program
-from rewrite.graph.properties import under
+from rewrite.graph.properties import Runner, Running, executed, under
 from rewrite.graph.tree import on_meta
 from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
@@ -104,8 +104,7 @@ def _node_by_node(program: Program, call: tuple[Any, Any], seed: int) -> _Ledger
     def action(module: nn.Module) -> _Ledger:
         assert isinstance(module, LayerGraph)
         ledger = _Ledger.of(module, call)
-        walker = _Walker(module, ledger)
-        run = under(lambda _, *inputs: walker.run(*inputs), module.properties)
+        run = under(executed(module.graph, _walking(module, ledger), module.properties), module.properties)
         with seeded(module.train(), seed), ledger.open():
             ledger.held = run(module, *module.interface.bind(*call))
         return ledger
@@ -186,8 +185,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 class _Walker(Interpreter):
     """Runs a layer graph node by node, and tells the ledger whose turn it is."""
 
-    def __init__(self, module: LayerGraph, ledger: _Ledger) -> None:
-        super().__init__(module, garbage_collect_values=True, graph=module.graph)
+    def __init__(self, module: LayerGraph, ledger: _Ledger, graph: Graph) -> None:
+        super().__init__(module, garbage_collect_values=True, graph=graph)
         self.ledger = ledger
 
     def run_node(self, n: Node) -> Any:
@@ -198,6 +197,18 @@ class _Walker(Interpreter):
             name = str(getattr(packet(n), "__name__", "") or getattr(n.target, "__name__", n.op))
             self.ledger.place = (module_path(n), name)
         return super().run_node(n)
+
+
+def _walking(module: LayerGraph, ledger: _Ledger) -> Running:
+    """Graphs are run node by node; a part that is run as a whole keeps what it was given."""
+
+    def made(graph: Graph) -> Runner:
+        return lambda _, *inputs: _Walker(module, ledger, graph).run(*inputs)
+
+    def begin(path: str) -> None:
+        ledger.place = (path, "recompute")
+
+    return Running(made, begin)
 
 
 def _summed(kept: Sequence[Kept], key: Callable[[Kept], str]) -> dict[str, int]:
