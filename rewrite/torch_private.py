@@ -70,7 +70,7 @@ NAMES: dict[str, str] = {
     "torch._C.DisableTorchFunction": "a size decision is computed with plain tensors inside a trace",
     "torch._C.PyTorchFileReader": "a zip of tensors is listed, and its pickle scanned, before anything is loaded",
     "torch._C._VariableFunctionsClass": "pickles name functions of torch as attributes of this class",
-    "torch._C._autograd._top_saved_tensors_default_hooks": "hooks on saved tensors hand on to those around them what they leave",
+    "torch._C._autograd._top_saved_tensors_default_hooks": "what hooks on saved tensors leave goes to those around",
     "torch._C._functorch.get_interpreter_stack": "how many function transforms are being run, before a vmap's steps are",
     "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth": "a vmap whose steps stopped halfway is left",
     "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from rewrite.analysis.writes import Writes
-from rewrite.errors import RewriteError
-from rewrite.graph.like import like
+from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.spelled import SpelledActivation
-from rewrite.graph.straight import Straight
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
-from rewrite.training.kept import keeper
+from rewrite.training.derivatives import Method, function, is_activation, steps_for, straight
+from rewrite.training.kept import ACTIVATIONS, keeper
+from rewrite.training.places import Place, adding, gates
 from rewrite.training.stepped import bits_of, stepped
-from rewrite.training.steps import Steps, best_steps, mean_slopes
+from rewrite.training.steps import Steps, mean_slopes
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -42,12 +40,13 @@ class FewBit(nn.Module):
         self.inner = inner
         self.borders = steps.borders
         self.levels = steps.levels
+        self.closed = steps.closed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             plain: torch.Tensor = self.inner(x)
             return plain
-        found: torch.Tensor = stepped(x, self.inner(x.detach()), self.borders, self.levels)[0]
+        found: torch.Tensor = stepped(x, self.inner(x.detach()), self.borders, self.levels, self.closed)[0]
         return found
 
     def plain(self) -> nn.Module:
@@ -58,16 +57,9 @@ class FewBit(nn.Module):
         return f"bits={bits_of(self.levels)}"
 
 
-_KEEP_INPUT = (nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.ELU, nn.SELU, nn.Hardswish, nn.LeakyReLU)
 _KEEP_RESULT = (nn.Tanh, nn.Sigmoid, nn.ReLU)
-_EXACT = (nn.ReLU, nn.LeakyReLU)
-_SPELLED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "mish": F.mish,
-}
+_BOUNDS: dict[str, tuple[float, float]] = {"few-bit": (1.0, 0.65), "approx-bp": (1.2, 0.6)}
+"""Near 0 the derivative is 1/2; the two levels around are 0 and 1 in 1 bit, -0.05 and 1.05 in approx-bp."""
 
 
 class Site(NamedTuple):
@@ -82,72 +74,76 @@ class FewBitPass(Pass):
     """Keep 1 to 4 bits an element for the gradient of an activation: dx = levels[i] · dy, i the interval of x.
 
     The forward is the activation's own, bit for bit. GELU, SiLU, Mish, softplus, ELU, SELU, hardswish, tanh and sigmoid get
-    the best step function for their derivative, ReLU and leaky ReLU their exact derivative in 1 bit. An activation is left
-    alone, with the reason, where what it keeps is kept by another operator anyway. One that writes in place gets a result of
-    its own; where something else sees what it writes, it is left alone.
+    the best step function for their derivative; ReLU, leaky ReLU, ReLU6 and hardtanh their exact derivative in 1 bit.
+    ``method=approx-bp`` takes the 2 bits of ReGELU2 and ReSiLU2 for GELU and SiLU. A gated product f(g) · u keeps g and u
+    alone, f(g) is computed again (the property ``recompute``): its gradient is exact. An activation is left alone, with the
+    reason, where what it keeps is kept by another operator anyway. One that writes in place gets a result of its own; where
+    something else sees what it writes, it is left alone.
 
     Source: Novikov et al., "Few-bit Backward: Quantized Gradients of Activation Functions for Memory Footprint Reduction",
-    ICML 2023 (arXiv 2202.00441), section 3: borders and levels by dynamic programming.
+    ICML 2023 (arXiv 2202.00441), section 3: borders and levels by dynamic programming; Yang et al., "Reducing Fine-Tuning
+    Memory Overhead by Approximate and Memory-Sharing Backpropagation", ICML 2024 (arXiv 2406.16282), section 4.
     """
 
     name = "few-bit"
     inserts = (FewBit,)
-    bits: int = option(3, "bits kept for each element", at_least=1, at_most=4)
+    bits: int = option(3, "bits kept for each element; approx-bp has 2", at_least=1, at_most=4)
+    method: Method = option("few-bit", "few-bit or approx-bp")
     where: Selector = option(Selector("*"), "activations: path glob, type:, re:, !, several with |")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "approx-bp" and self.bits not in (2, type(self).bits):
+            raise OptionError(f"option 'bits' of pass '{self.name}' is 2 with method=approx-bp, not {self.bits}", "bits")
+
     def contract(self) -> Contract:
-        # near 0 the derivative is 1/2, and the two levels of a single bit are 0 and 1
-        bound, cosine = (1.0, 0.65) if self.bits == 1 else (None, None)
+        coarse = self.bits == 1 or self.method == "approx-bp"
+        bound, cosine = _BOUNDS[self.method] if coarse else (None, None)
         return Contract(forward=SAME, backward=ESTIMATE, bound=bound, cosine=cosine)
 
     def run(self, program: Program, context: Context) -> None:
-        known: dict[str, Steps] = {}
+        known: dict[str, Steps | None] = {}
         writes = Writes(program.graph, program.module)
+        gated = {place.path: place for place in gates(program)}
+        products: list[Place] = []
         for site in context.choose(_sites(program), self.where):
-            reason = _obstacle(program, writes, site)
-            if reason:
-                context.skip(site.path, reason)
+            if site.path in gated:
+                products.append(gated[site.path])
                 continue
             key = repr(site.layer)
-            known[key] = known[key] if key in known else self._steps(site.layer)
-            context.edit.replace_layer(site.path, FewBit(_inner(site.layer), known[key]))
-
-    def _steps(self, layer: nn.Module) -> Steps:
-        if isinstance(layer, _EXACT):
-            return Steps((0.0,), tuple(mean_slopes(_function(layer), torch.zeros(1, dtype=torch.float64)).tolist()))
-        return best_steps(_function(layer), self.bits)
+            reason = _obstacle(program, writes, site)
+            if not reason and key not in known:
+                known[key] = steps_for(site.layer, self.bits, self.method)
+            steps = None if reason else known[key]
+            if steps is None:
+                context.skip(site.path, reason or "approx-bp has no table for it")
+            else:
+                context.edit.replace_layer(site.path, FewBit(straight(site.layer), steps))
+        before = program.properties.get("recompute")
+        if products and adding(before, products) != adding(before, ()):
+            context.edit.set_property("recompute", adding(before, products))
 
     def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
-        """The mean of the activation's derivative over the interval in which x lies, times dy."""
+        """The mean of the activation's derivative over the interval in which x lies, or Σ a_i [x > c_i], times dy."""
         assert part.replaced is not None
         old, new = part.replaced
         assert isinstance(new, FewBit)
         assert old is not None
+        if isinstance(old, nn.Hardtanh):
+            return [((inputs[0] > old.min_val) & (inputs[0] < old.max_val)) * grad_outputs[0]]
+        if self.method == "approx-bp" and len(new.levels) == 4:
+            return [Steps(new.borders, new.levels).at(inputs[0]) * grad_outputs[0]]
         borders = torch.tensor(new.borders, dtype=torch.float64)
         place = torch.searchsorted(borders, inputs[0].cpu().contiguous())
-        return [mean_slopes(_function(old), borders)[place].to(inputs[0].device) * grad_outputs[0]]
-
-
-def _function(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation in whatever dtype it is called: what a library spells out casts as it likes."""
-    return _SPELLED[layer.function] if isinstance(layer, SpelledActivation) else _inner(layer)
-
-
-def _inner(layer: nn.Module) -> nn.Module:
-    """The activation as a layer of its own, that writes nothing."""
-    if isinstance(layer, SpelledActivation):
-        return Straight.of(layer.graphs["any"])
-    return like(layer, type(layer), inplace=False) if hasattr(layer, "inplace") else copy.deepcopy(layer)
+        return [mean_slopes(function(old), borders)[place].to(inputs[0].device) * grad_outputs[0]]
 
 
 def _sites(program: Program) -> list[Site]:
     found: dict[str, Site] = {}
     for node, layer in program.layers():
-        spelled = isinstance(layer, SpelledActivation) and layer.function in _SPELLED
-        if spelled or type(layer) in (*_KEEP_INPUT, *_KEEP_RESULT):
-            types = (
-                (type(layer).__name__, layer.function) if isinstance(layer, SpelledActivation) else (type(layer).__name__,)
-            )
+        if is_activation(layer, *ACTIVATIONS, *_KEEP_RESULT):
+            kind = type(layer).__name__
+            types = (kind, layer.function) if isinstance(layer, SpelledActivation) else (kind,)
             found.setdefault(str(node.target), Site(str(node.target), types, layer, [])).calls.append(node)
     return list(found.values())
 
@@ -156,7 +152,8 @@ def _obstacle(program: Program, writes: Writes, site: Site) -> str:
     """Why nothing would be saved there, or the function would be another; empty where neither is so."""
     for call in site.calls:
         source = call.all_input_nodes[0]
-        kept, what = (call, "result") if isinstance(site.layer, _KEEP_RESULT) else (source, "input")
+        result = isinstance(site.layer, _KEEP_RESULT) or (isinstance(site.layer, nn.Hardtanh) and site.layer.inplace)
+        kept, what = (call, "result") if result else (source, "input")
         keeps = keeper(program, kept, besides=call)
         if keeps:
             return f"its {what} is kept by {keeps} anyway"
@@ -165,7 +162,7 @@ def _obstacle(program: Program, writes: Writes, site: Site) -> str:
             return f"it writes in place, into what {other} has too"
     if isinstance(site.layer, SpelledActivation):
         try:
-            _inner(site.layer)
+            straight(site.layer)
         except RewriteError as error:
             return str(error)
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -13,8 +14,9 @@ from torch import nn
 
 from rewrite.torch_private import pytree
 
-from .properties import frozen, known, thawed
+from .properties import frozen, known, ranked, thawed, uncompiled
 
+_uncompiled = functools.partial(uncompiled, within=True)
 _MARK = "rewrite "
 """Begins the keys of our hooks in a module: numbers, as torch gives, begin anew in each process and would collide."""
 
@@ -28,6 +30,7 @@ class Enter:
     name: str
     value: Any
 
+    @_uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         around = known(self.name).around
@@ -40,6 +43,7 @@ class Enter:
 class Leave:
     """The hook that leaves the innermost context after the forward, also where that raised."""
 
+    @_uncompiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         *outer, context = _entered.get()
         _entered.set(tuple(outer))
@@ -50,8 +54,8 @@ def hang(model: nn.Module, properties: Mapping[str, Any]) -> None:
     """Let a module of the user's run under these properties and no others, by hooks that are copied and pickled with it."""
     take_down(model)
     before, with_keywords, after, always = _held(model)
-    for name, value in properties.items():
-        before[_MARK + name] = Enter(name, thawed(value))
+    for name in ranked(properties):
+        before[_MARK + name] = Enter(name, thawed(properties[name]))
         with_keywords[_MARK + name] = True
         after[_MARK + name] = Leave()
         always[_MARK + name] = True

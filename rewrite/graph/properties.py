@@ -46,13 +46,15 @@ class Property:
     ``around(module, inputs, value)`` is the context in which each forward of the module runs on these tensors; without
     it the value only tells something. It must leave what the forward computes as it is, bit for bit. ``check(value)``
     raises RewriteError for a value that it cannot have. ``inference`` says whether a lowering for inference keeps it.
-    ``execute(graph, running, value)`` gives what runs a layer graph, ``run(module, *inputs)``, or None where nothing changes.
+    ``execute(graph, running, value)`` gives what runs a layer graph, or None where nothing changes. The
+    context of a lower ``rank`` is entered first, around those of higher ones.
     """
 
     around: Around | None = None
     check: Callable[[Any], None] = lambda value: None
     inference: bool = False
     execute: Callable[[Graph, Running, Any], Runner | None] | None = None
+    rank: int = 0
 
 
 def known(name: str) -> Property:
@@ -112,16 +114,36 @@ def executed(graph: Graph, running: Running, properties: Mapping[str, Any]) -> R
     return running.made(graph)
 
 
+def ranked(properties: Mapping[str, Any]) -> list[str]:
+    """The names in the order in which their contexts are entered."""
+    return sorted(properties, key=lambda name: known(name).rank)
+
+
 def under(run: Callable[..., Any], properties: Mapping[str, Any]) -> Callable[..., Any]:
     """``run(module, *inputs)`` in the contexts that properties put around it."""
-    arounds = [(around, value) for name, value in properties.items() if (around := known(name).around) is not None]
+    arounds = [(around, properties[name]) for name in ranked(properties) if (around := known(name).around) is not None]
     if not arounds:
         return run
 
     def applied(module: nn.Module, *inputs: Any) -> Any:
         with ExitStack() as stack:
-            for around, value in arounds:
-                stack.enter_context(around(module, [v for v in inputs if isinstance(v, torch.Tensor)], value))
+            _enter(stack, module, [v for v in inputs if isinstance(v, torch.Tensor)], arounds)
             return run(module, *inputs)
 
-    return applied
+    return uncompiled(applied)
+
+
+def uncompiled(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
+    """The function as torch.compile leaves it: called as it is, while what it calls is compiled, unless ``within``."""
+    found: Callable[..., Any] = torch.compiler.disable(function, recursive=within)
+    return found
+
+
+def _entered(
+    stack: ExitStack, module: nn.Module, inputs: Sequence[torch.Tensor], arounds: Sequence[tuple[Around, Any]]
+) -> None:
+    for around, value in arounds:
+        stack.enter_context(around(module, inputs, value))
+
+
+_enter = uncompiled(_entered, within=True)

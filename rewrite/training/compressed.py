@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rewrite.errors import RewriteError
 from rewrite.graph.properties import Property
 
+from .chain import Outer
 from .groups import Groups, Pair, as_pair, quantized, restored
 
 BITS, ROUNDINGS = (8, 4, 2), ("stochastic", "nearest")
@@ -53,13 +54,13 @@ def around(module: nn.Module, inputs: Sequence[torch.Tensor], value: Any) -> Ite
         return
     owned = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers(), *inputs]}
     packer = _Packer(owned, value)
-    with saved_tensors_hooks(packer.pack, unpacked):
+    with saved_tensors_hooks(packer.pack, packer.unpack):
         yield
     if packer.has_drawn:
         torch.rand(())
 
 
-SAVED_TENSORS = Property(around, check)
+SAVED_TENSORS = Property(around, check, rank=1)
 
 
 class _Packer:
@@ -67,6 +68,7 @@ class _Packer:
 
     def __init__(self, owned: set[int], value: Mapping[str, Any]) -> None:
         self.owned, self.value = owned, value
+        self.outer = Outer()
         self.known: dict[tuple[int, int, torch.dtype], tuple[StorageWeakRef, Groups | Pair | None]] = {}
         self.generators: dict[torch.device, torch.Generator] = {}
 
@@ -77,18 +79,22 @@ class _Packer:
     def pack(self, tensor: torch.Tensor) -> Any:
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
         if not plain or not (tensor.is_floating_point() or tensor.dtype is torch.bool):
-            return tensor
+            return self.outer.pack(tensor)
         storage = tensor.untyped_storage()
         count = storage.nbytes() // tensor.itemsize
         if count < self.value["min_size"] or storage.data_ptr() in self.owned:
-            return tensor
+            return self.outer.pack(tensor)
         reference = StorageWeakRef(storage)
         key = (reference.cdata, tensor._version, tensor.dtype)
         if key not in self.known:
             self.known[key] = (reference, self._compressed(tensor.detach().as_strided((count,), (1,), 0)))
         found = self.known[key][1]
-        size, stride = tuple(tensor.shape), tensor.stride()
-        return tensor if found is None else View(found, tensor.dtype, size, stride, int(tensor.storage_offset()))
+        if found is None:
+            return self.outer.pack(tensor)
+        return View(found, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        return unpacked(kept) if isinstance(kept, View) else self.outer.unpack(kept)
 
     def _compressed(self, flat: torch.Tensor) -> Groups | Pair | None:
         if flat.dtype is torch.bool:
@@ -106,11 +112,8 @@ class _Packer:
         return self.generators[device]
 
 
-def unpacked(kept: Any) -> torch.Tensor:
+def unpacked(kept: View) -> torch.Tensor:
     """The tensor that was kept, in its layout."""
-    if not isinstance(kept, View):
-        whole: torch.Tensor = kept
-        return whole
     flat = restored(kept.storage)
     flat = flat.bool() if kept.dtype is torch.bool else flat
     return flat.as_strided(kept.size, kept.stride, kept.offset)

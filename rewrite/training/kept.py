@@ -27,6 +27,7 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.SELU,
     nn.Hardswish,
     nn.Hardtanh,
+    nn.ReLU6,
     nn.LeakyReLU,
 )
 """Those that keep their input, unless they write in place; the others keep their result."""
@@ -79,18 +80,21 @@ _VIEWS = (
 )
 
 
-def keeper(program: Program, value: Node, besides: Node | None = None) -> str:
+def keeper(program: Program, value: Node, besides: Node | None = None, *, results: bool = True) -> str:
     """What keeps a value for its own gradient, by path or name; empty where nothing does that is known.
 
-    The readers of its views count too, ``besides`` does not. A result of the model lives as long as its reader wants.
+    The readers of its views count too, ``besides`` does not. A result of the model lives as long as its reader wants: that
+    counts with ``results``.
     """
     for reader in value.users:
         if reader is besides:
             continue
         if reader.op == "output":
-            return "the model's output"
+            if results:
+                return "the model's output"
+            continue
         if packet(reader) in _VIEWS:
-            found = keeper(program, reader, besides)
+            found = keeper(program, reader, besides, results=results)
             if found:
                 return found
         elif packet(reader) in _OPERATORS:

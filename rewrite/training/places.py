@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.module_calls import ModuleCall, module_calls
-from rewrite.graph.nodes import attribute, module_stack, mutated_arguments, tensor_value
+from rewrite.graph.nodes import aten, attribute, module_stack, mutated_arguments, packet, tensor_value
 from rewrite.graph.program import Program
 from rewrite.graph.regions import Region
 from rewrite.graph.spelled import SpelledActivation, SpelledNorm
@@ -43,9 +43,27 @@ def places(program: Program) -> list[Place]:
     layers = {str(node.target): (node, layer) for node, layer in reversed(list(program.layers()))}
     found = {path: _layer(program, *layers[path]) for path in layers if _is_single(layers[path][1])}
     for path, kind in _modules(program).items():
-        if path not in layers:
+        if path not in layers and isinstance(attribute(program.module, path), nn.Module):
             found[path] = _region(program, path, kind)
     return sorted(found.values(), key=lambda place: (place.path.count("."), place.path))
+
+
+def gates(program: Program) -> Iterator[Place]:
+    """Activations f of gated products f(g) · u of one shape: both factors and g are kept, of which f(g) need not be."""
+    for node, layer in program.layers():
+        if not isinstance(layer, (*ACTIVATIONS, SpelledActivation)) or getattr(layer, "inplace", False):
+            continue
+        readers = list(node.users)
+        if len(readers) == 1 and packet(readers[0]) is aten.mul and _is_gate(readers[0], node):
+            yield _layer(program, node, layer)
+
+
+def _is_gate(product: Node, gate: Node) -> bool:
+    others = [n for n in product.all_input_nodes if n is not gate]
+    values = [tensor_value(n) for n in (gate, *others)]
+    shapes = [None if value is None else value.shape for value in values]
+    free = [n.op != "get_attr" and n not in gate.all_input_nodes for n in others]
+    return len(others) == 1 and all(free) and shapes[0] is not None and shapes[0] == shapes[1]
 
 
 def adding(value: Mapping[str, Any] | None, taken: Iterable[Place]) -> dict[str, list[str]]:
@@ -67,7 +85,7 @@ def _layer(program: Program, node: Node, layer: nn.Module) -> Place:
     stack = module_stack(node)
     types = (type(layer).__name__, stack[-1][2].rpartition(".")[2] if stack else "")
     obstacle = "it writes in place" if getattr(layer, "inplace", False) else ""
-    if not obstacle and not isinstance(layer, Region) and not any(keeper(program, call) for call in calls):
+    if not obstacle and not isinstance(layer, Region) and not any(keeper(program, call, results=False) for call in calls):
         obstacle = "nothing keeps its result"
     own = bool(stack) and stack[-1][1] == str(node.target)
     return Place(str(node.target), tuple(t for t in types if t), True, isinstance(layer, Region), own, obstacle)
@@ -110,4 +128,3 @@ def _written(program: Program, call: ModuleCall) -> Iterator[str]:
         layer = attribute(program.module, str(node.target)) if node.op == "call_module" else None
         targets = node.all_input_nodes[:1] if getattr(layer, "inplace", False) else mutated_arguments(node)
         yield from (target.name for target in targets if target in given)
-

@@ -50,7 +50,7 @@ def around(module: nn.Module, inputs: Sequence[torch.Tensor], value: Any) -> Ite
         yield
 
 
-RECOMPUTE = Property(around, check, execute=segmented)
+RECOMPUTE = Property(around, check, execute=segmented, rank=2)
 
 
 def _found(module: nn.Module, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rewrite.graph.carve import carve, free_inputs, used_outside
 from rewrite.graph.module_calls import module_calls
 from rewrite.graph.nodes import attribute
-from rewrite.graph.properties import Runner, Running
+from rewrite.graph.properties import Runner, Running, uncompiled
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,9 @@ def checkpointed(run: Runner, layers: Sequence[nn.Module]) -> Runner:
         return nullcontext(), _unwritten(layers)
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    return again
+    return uncompiled(again)
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from .packing import pack, unpack
 
 @torch.library.custom_op("rewrite::stepped", mutates_args=())
 def stepped(
-    x: torch.Tensor, y: torch.Tensor, borders: Sequence[float], levels: Sequence[float]
+    x: torch.Tensor, y: torch.Tensor, borders: Sequence[float], levels: Sequence[float], closed: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of ``y``, and for the backward the packed intervals of ``x``: dx = levels[#(x > border) mod len(levels)] · dy.
+    """A copy of ``y``, and for the backward the packed intervals of ``x``: dx = levels[n mod len(levels)] · dy.
+
+    n = #(x > border) + #(x >= border of ``closed``).
 
     ``y`` has the shape of ``x`` and is a function of it that takes no gradient itself. Nothing else is kept: 1, 2, 3 or 4
     bits an element for up to 2, 4, 8 or 16 levels. Under autocast it takes x and y in whatever dtype they come.
@@ -26,12 +28,14 @@ def stepped(
     place = (x > borders[0]).view(torch.uint8)
     for border in borders[1:]:
         place += (x > border).view(torch.uint8)
+    for border in closed:
+        place += (x >= border).view(torch.uint8)
     return y.clone(), pack(place, bits_of(levels))
 
 
 @stepped.register_fake
 def _(
-    x: torch.Tensor, y: torch.Tensor, borders: Sequence[float], levels: Sequence[float]
+    x: torch.Tensor, y: torch.Tensor, borders: Sequence[float], levels: Sequence[float], closed: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(y), x.new_empty((bits_of(levels), (x.numel() + 7) // 8), dtype=torch.uint8)
 
@@ -49,14 +53,14 @@ def _(grad: torch.Tensor, planes: torch.Tensor, levels: Sequence[float]) -> torc
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, _, ctx.levels = inputs
+    x, _, _, ctx.levels, _ = inputs
     ctx.dtype = x.dtype
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
-    return stepped_backward(grad, ctx.saved_tensors[0], ctx.levels).to(ctx.dtype), None, None, None
+    return stepped_backward(grad, ctx.saved_tensors[0], ctx.levels).to(ctx.dtype), None, None, None, None
 
 
 def _keep_planes(ctx: Any, inputs: Any, output: Any) -> None:

@@ -27,10 +27,23 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Steps:
-    """A step function: ``levels[i]`` where x is above exactly i of the ``borders``."""
+    """A step function: ``levels[i]`` where x is above exactly i of the ``borders``, or of ``closed`` on one or above it.
+
+    Beyond the last level they begin anew: i counts modulo their number.
+    """
 
     borders: tuple[float, ...]
     levels: tuple[float, ...]
+    closed: tuple[float, ...] = ()
+
+    def at(self, x: torch.Tensor) -> torch.Tensor:
+        """The level at each number, float64."""
+        place = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+        for border in self.borders:
+            place += x > border
+        for border in self.closed:
+            place += x >= border
+        return torch.tensor(self.levels, dtype=torch.float64, device=x.device)[place % len(self.levels)]
 
 
 def best_steps(function: Function, bits: int) -> Steps:
