@@ -154,7 +154,7 @@ def _obstacle(program: Program, writes: Writes, site: Site) -> str:
         source = call.all_input_nodes[0]
         result = isinstance(site.layer, _KEEP_RESULT) or (isinstance(site.layer, nn.Hardtanh) and site.layer.inplace)
         kept, what = (call, "result") if result else (source, "input")
-        keeps = keeper(program, kept, besides=call)
+        keeps = keeper(program, kept, besides={call})
         if keeps:
             return f"its {what} is kept by {keeps} anyway"
         other = _seen(writes, source, call) if getattr(site.layer, "inplace", False) else ""

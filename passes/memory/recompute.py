@@ -37,17 +37,21 @@ class Recompute(Pass):
         return Contract(forward=SAME, backward=SAME)
 
     def run(self, program: Program, context: Context) -> None:
+        if not any(parameter.requires_grad for parameter in program.module.parameters()):
+            return
         named = str(self.where) != type(self)().where.text
         found = [place for place in places(program) if named or place.is_standard]
         chosen = context.choose(sorted(found, key=lambda place: bool(place.obstacle)), self.where)
         done = {path for paths in program.properties.get("recompute", {}).values() for path in paths}
         taken: list[Place] = []
+        covered: list[str] = []
         for place in sorted(chosen, key=lambda place: (place.path.count("."), place.is_layer)):
-            around = next((other.path for other in taken if place.path.startswith(f"{other.path}.")), None)
+            around = next((path for path in covered if place.path.startswith(f"{path}.")), None)
             if place.obstacle or around is not None:
                 context.skip(place.path, place.obstacle or f"it is computed again with {around}")
-            elif place.path not in done:
-                taken.append(place)
+            else:
+                covered.append(place.path)
+                taken += [place] * (place.path not in done)
         if taken:
             context.edit.set_property("recompute", adding(program.properties.get("recompute"), taken))
         lone = [place.path for place in taken if not place.is_own]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from rewrite.analysis.norms import Norm, norms
-from rewrite.pipeline.folding import NormReaders, fold_affine
+from rewrite.analysis.norms import norms
+from rewrite.pipeline.folding import NormReaders, affine_obstacle, fold_affine, without_affine
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import SAME, Contract
@@ -40,29 +38,9 @@ class FoldAffine(Pass):
         found = NormReaders(program)
         affine = [norm for norm in norms(program) if norm.weight is not None or norm.bias is not None]
         for norm in context.choose(affine, self.where):
-            reason = _obstacle(norm, found)
+            reason = affine_obstacle(norm, found)
             if reason:
                 context.skip(norm.path, reason)
             else:
-                _fold(norm, found, context)
-
-
-def _obstacle(norm: Norm, found: NormReaders) -> str:
-    """Why a norm cannot be folded; empty if it can."""
-    if norm.channel_axis != -1 or len(norm.shape) != 1:
-        return "its channels are not the last axis alone"
-    if len(found.uses.calls(norm.path)) > 1:
-        return "it is called more than once"
-    return found.obstacle(norm.node, shifted=norm.bias is not None)
-
-
-def _fold(norm: Norm, found: NormReaders, context: Context) -> None:
-    fold_affine(context.edit, norm, found.linears(norm.node))
-    context.edit.replace_layer(norm.path, _without_affine(norm))
-
-
-def _without_affine(norm: Norm) -> nn.Module:
-    if norm.kind == "rms":
-        return nn.RMSNorm(norm.shape, norm.eps, elementwise_affine=False)
-    assert norm.eps is not None
-    return nn.LayerNorm(norm.shape, norm.eps, elementwise_affine=False)
+                fold_affine(context.edit, norm, found.linears(norm.node))
+                context.edit.replace_layer(norm.path, without_affine(norm))

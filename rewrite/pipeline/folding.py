@@ -99,6 +99,23 @@ def change_weights(edit: Editor, linears: Sequence[Linear], change: Vector, *sou
             edit.set_parameter(rows.path, _Changed(rows, linear.layout, change), rows.path, *sources)
 
 
+def affine_obstacle(norm: Norm, found: NormReaders) -> str:
+    """Why a norm's weight and bias cannot be folded; empty if they can."""
+    if norm.channel_axis != -1 or len(norm.shape) != 1:
+        return "its channels are not the last axis alone"
+    if len(found.uses.calls(norm.path)) > 1:
+        return "it is called more than once"
+    return found.obstacle(norm.node, shifted=norm.bias is not None)
+
+
+def without_affine(norm: Norm) -> nn.Module:
+    """The norm without weight and bias."""
+    if norm.kind == "rms":
+        return nn.RMSNorm(norm.shape, norm.eps, elementwise_affine=False)
+    assert norm.eps is not None
+    return nn.LayerNorm(norm.shape, norm.eps, elementwise_affine=False)
+
+
 def fold_affine(edit: Editor, norm: Norm, linears: Sequence[Linear]) -> None:
     """A norm's weight and bias into the linear maps that read it; the norm still has them."""
     if norm.bias_path is not None:  # first: it takes the weight that is not folded yet

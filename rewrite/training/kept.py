@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 from torch.fx import Node
 
@@ -80,14 +82,14 @@ _VIEWS = (
 )
 
 
-def keeper(program: Program, value: Node, besides: Node | None = None, *, results: bool = True) -> str:
+def keeper(program: Program, value: Node, besides: Collection[Node] = (), *, results: bool = True) -> str:
     """What keeps a value for its own gradient, by path or name; empty where nothing does that is known.
 
-    The readers of its views count too, ``besides`` does not. A result of the model lives as long as its reader wants: that
-    counts with ``results``.
+    The readers of its views count too, those ``besides`` do not. A result of the model lives as long as its reader
+    wants, which counts with ``results``.
     """
     for reader in value.users:
-        if reader is besides:
+        if reader in besides:
             continue
         if reader.op == "output":
             if results:
