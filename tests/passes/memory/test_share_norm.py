@@ -15,9 +15,9 @@ from rewrite.passes.memory.share_norm import SharedNorm
 from tests.passes.table import Row
 
 ROWS = [
-    Row("share-norm", "gpt2", {"h.*"}),
-    Row("share-norm", "llama", 4),
-    Row("share-norm", "bert", 0, near_miss={"embeddings.LayerNorm": "no linear layer"}),
+    Row("share-norm", "gpt2", 12, near_miss={"ln_f": "no layer keeps its result"}),
+    Row("share-norm", "llama", 14),
+    Row("share-norm", "bert", 0, near_miss={"embeddings.LayerNorm": "no layer keeps its result"}),
 ]
 
 X = torch.randn(5, 24)
