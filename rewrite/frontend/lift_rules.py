@@ -66,7 +66,28 @@ def _linear(node: Node, named: dict[str, Any]) -> Lifted | None:
 
 @lift_rule(aten.matmul)
 def _matmul(node: Node, named: dict[str, Any]) -> Lifted | None:
-    return _transposed(named["self"], named["other"], None, (node,))
+    weight = _untransposed(named["other"])
+    if weight is None:
+        return _transposed(named["self"], named["other"], None, (node,))
+    out, inner = map(int, weight.meta["val"].shape)  # x @ W.T, which is what a linear layer without bias calls
+    own = (named["other"], node) if len(named["other"].users) == 1 else (node,)
+    return Lifted(
+        lambda: nn.Linear(inner, out, bias=False, device="meta"),
+        (named["self"],),
+        {"weight": weight, "bias": None},
+        nodes=own,
+    )
+
+
+def _untransposed(node: Any) -> Node | None:
+    """The parameter whose transpose a node is."""
+    if not isinstance(node, Node) or packet(node) not in (aten.numpy_T, aten.mT, aten.t, aten.transpose, aten.permute):
+        return None
+    source, value = node.args[0], tensor_value(node)
+    before = tensor_value(source)
+    if not isinstance(source, Node) or source.op != "get_attr" or before is None or value is None or value.dim() != 2:
+        return None
+    return source if value.stride() == before.stride()[::-1] and _sizes_of(value) == _sizes_of(before)[::-1] else None
 
 
 @lift_rule(aten.addmm)

@@ -11,7 +11,9 @@ from torch.fx import Node
 from rewrite.analysis.branches import Branch, branches
 from rewrite.analysis.influence import BlockInfluence, depth
 from rewrite.analysis.kinds import Kind
+from rewrite.analysis.residuals import ADDS
 from rewrite.errors import OptionError, RewriteError
+from rewrite.graph.nodes import packet
 from rewrite.proof.contract import CLOSE, NEW, Contract
 
 from .numbers import numbers
@@ -91,7 +93,13 @@ class Dropping(Pass):
 
 def drop(branch: Branch, context: Context) -> None:
     """Let what read the sum read what the branch was added to, and remove the branch."""
-    edit, last = context.edit, (branch.writer, *branch.carriers)[-1]
-    other = next(a for a in branch.addition.args[:2] if isinstance(a, Node) and a is not last)  # as the edits before left it
-    edit.rewire(branch.addition, other)
-    edit.remove_unused([branch.addition, *branch.carriers, *branch.nodes], branch.path, f"{branch.kind} dropped")
+    edit, carriers, addition = context.edit, [*branch.carriers], branch.addition
+    last = (branch.writer, *carriers)[-1]
+    if addition not in last.users:  # it added up two branches, and the other one was dropped: the sum behind it is left
+        addition = next(iter(last.users))
+        while packet(addition) not in ADDS:
+            carriers.append(addition)
+            last, addition = addition, next(iter(addition.users))
+    other = next(a for a in addition.args[:2] if isinstance(a, Node) and a is not last)  # as the edits before left it
+    edit.rewire(addition, other)
+    edit.remove_unused([addition, *carriers, *branch.nodes], branch.path, f"{branch.kind} dropped")

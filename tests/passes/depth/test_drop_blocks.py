@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
 from rewrite import apply
 from rewrite.analysis.branches import branches
 from tests.compare import captured
@@ -17,3 +22,28 @@ def test_all_branches_of_a_layer_go() -> None:
     for name in ("gpt2", "llama", "convnext_atto", "resnet18"):
         before = [b.path for b in branches(captured(name)) if b.layer != 1]
         assert [b.path for b in branches(apply(captured(name), "drop-blocks{layers=1}"))] == before, name
+
+
+class Parallel(nn.Module):
+    """x + (attention + FFN), added up before they meet the stream, through a dropout where ``dropped``."""
+
+    def __init__(self, dropped: bool) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(8), nn.Dropout(0.1) if dropped else nn.Identity()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(n).chunk(3, -1))
+        attended = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.drop(self.down(F.gelu(self.up(n))) + attended)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_branches_that_are_added_up_first_go_both(dropped: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), Parallel(dropped), Parallel(dropped), nn.Linear(8, 2))
+    program = apply(model, "drop-blocks{layers=1 bound=9}", args=(torch.randn(2, 5, 4),))
+    assert [b.path.partition(".")[0] for b in branches(program)] == ["1", "1"]
+    x = torch.randn(2, 5, 4)
+    assert torch.allclose(program.module.eval()(x), nn.Sequential(model[0], model[1], model[3]).eval()(x), atol=1e-6)

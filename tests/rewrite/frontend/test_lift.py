@@ -245,6 +245,29 @@ def test_transposed_linear_layer(make: Callable[[], nn.Module], shape: tuple[int
     assert agrees(program, nn.Sequential(layer), torch.randn(3, *shape[1:]))
 
 
+class TransposedProduct(nn.Linear):
+    """y = x Wᵀ, spelled out."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(DIM, 3, bias=False)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.T if self.how == "T" else self.weight.t() if self.how == "t" else self.weight.mT)
+
+
+@pytest.mark.parametrize("how", ["T", "t", "mT"])
+@pytest.mark.parametrize("shape", [(2, DIM), (2, 5, DIM)], ids=str)
+def test_a_product_with_a_transposed_weight_is_a_linear_layer(how: str, shape: tuple[int, ...]) -> None:
+    layer = TransposedProduct(how)
+    program = lifted(layer, *shape)
+    found = layers(program)["0"]
+    assert type(found) is nn.Linear
+    assert found.weight is layer.weight
+    assert left(program) == []
+    assert agrees(program, nn.Sequential(layer), torch.randn(3, *shape[1:]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "autocast"], ids=str)
 def test_transposed_linear_layer_in_other_dtypes(dtype: Any) -> None:
     layer = Conv1D(DIM, 3)
