@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from rewrite import RewriteError
+from rewrite import ESTIMATE, SAME, Contract, Pass, RewriteError, option
 from rewrite.sources.pickles import load_module
+from rewrite.training.allotment import allotted
+from rewrite.training.compressed import ByHead, Storages, _Packer
+from rewrite.training.float8 import float_bytes, floats, from_floats
 from rewrite.training.groups import as_pair, grouped_bytes, quantized, restored
 from rewrite.training.packing import packed_bytes
+from rewrite.training.sensitivity import sensitivities, separated
 from tests.compare import captured
 from tests.passes.table import Row
 
@@ -23,11 +29,19 @@ ROWS = [
     Row("compress-activations{min_size=64}", "gpt2", {"saved_tensors"}),
     Row("compress-activations{bits=4 group=64 min_size=64}", "llama", {"saved_tensors"}),
     Row("compress-activations{min_size=64 rounding=nearest}", "vit", {"saved_tensors"}),
-    Row("compress-activations{min_size=64}", "resnet18", {"saved_tensors"}),
+    Row("compress-activations{min_size=64 groups=heads}", "resnet18", {"saved_tensors"}),
+    Row("compress-activations{bits=auto min_size=64}", "vit", {"saved_tensors"}, data=lambda: images()),
     Row("compress-activations", "Frozen", 0),
 ]
 
 X = torch.randn(32, 64)
+
+
+def images() -> list[Tensor]:
+    """A batch for the ViT."""
+    generator = torch.Generator().manual_seed(0)
+    (example,) = [t for t in [*captured("vit").example_args, *captured("vit").example_kwargs.values()] if t is not None]
+    return [torch.randn(example.shape, generator=generator)]
 
 
 def net(p: float = 0.5) -> nn.Module:
@@ -179,3 +193,145 @@ def test_training_follows_the_exact_run() -> None:
 def test_other_options_are_refused(options: str) -> None:
     with pytest.raises(RewriteError, match=options.partition("=")[0]):
         rewrite.apply(net(), f"compress-activations{{{options}}}", args=(X,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_float8_is_off_by_at_most_one_spacing(dtype: torch.dtype) -> None:
+    x = torch.randn(1003).to(dtype)
+    for generator, most in ((None, 2**-4), (torch.Generator().manual_seed(0), 2**-3)):
+        kept = floats(x, 16, generator)
+        assert kept is not None
+        assert kept.rows.nbytes + kept.scale.nbytes == float_bytes(1003, 16, dtype)
+        back = from_floats(kept)
+        assert back.dtype is dtype
+        top = torch.nn.functional.pad(x.float(), (0, 5)).view(-1, 16).abs().amax(1).repeat_interleave(16)[:1003]
+        coarse = 2**-7 if dtype is torch.bfloat16 else 1e-6
+        off = (back.float() - x.float()).abs()
+        assert bool((off <= (most + coarse) * x.float().abs() + (most + coarse) * top * 2**-6 / 448 * 8).all())
+    assert floats(torch.tensor([torch.nan] * 16), 16, None) is None
+    assert torch.equal(there_and_back(torch.zeros(20)), torch.zeros(20))
+
+
+def there_and_back(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    kept = floats(x, 16, generator)
+    assert kept is not None
+    return from_floats(kept)
+
+
+def test_the_mean_of_stochastic_float8_is_the_number() -> None:
+    x, generator = torch.randn(256), torch.Generator().manual_seed(0)
+    draws = torch.stack([there_and_back(x, generator) for _ in range(2000)])
+    deviation = draws.std(0) / len(draws) ** 0.5
+    seldom = 5 * x.abs() / 8 / len(draws)
+    assert bool(((draws.mean(0) - x).abs() <= 5 * deviation + seldom + 1e-7).all())
+
+
+def test_float8_in_a_model() -> None:
+    """Four tensors as in the closed form of whole numbers, with a scale for each group alone."""
+    program = rewrite.apply(net(), "compress-activations{format=fp8 group=16}", args=(X,))
+    kept = {each.path: each.bytes for each in rewrite.memory(program).kept if each.dtype == "float8_e4m3fn"}
+    assert list(kept.values()) == [32 * 256] * len(kept)
+    exact, got = gradients(net().eval()), gradients(program.module)
+    assert 0 < error(exact, got) < 0.15
+    with pytest.raises(RewriteError, match="fp8 has 8 bits"):
+        rewrite.apply(net(), "compress-activations{format=fp8 bits=4}", args=(X,))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 16), (6, 5, 32), (10, 32)])
+def test_a_group_is_a_head(shape: tuple[int, ...]) -> None:
+    """Heads of very different sizes do not disturb each other; any dense layout comes back as it lay."""
+    tensor = torch.randn(shape)
+    by_head = tensor if tensor.dim() == 4 else tensor.unflatten(-1, (4, -1))
+    axis = 1 if tensor.dim() == 4 else by_head.dim() - 2
+    sizes = torch.tensor([1e-3, 1.0, 1e3, 10.0]).view([-1 if i == axis else 1 for i in range(by_head.dim())])
+    tensor = (by_head * sizes).reshape(shape)
+    for given in (tensor, tensor.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        packer = _Packer(Storages(frozenset()), {"bits": 8, "group": 256, "rounding": "nearest", "min_size": 1, "heads": 4})
+        packed = packer.pack(given)
+        assert type(packed.storage) is ByHead
+        assert packed.storage.numbers.low.numel() == 4
+        back = packer.unpack(packed)
+        assert back.stride() == given.stride()
+        off = (back - given) if tensor.dim() == 4 else (back - given).unflatten(-1, (4, -1))
+        assert bool((off.abs() <= 8 / 255 * sizes).all())
+
+
+def test_bits_are_allotted_where_they_cost_least() -> None:
+    assert allotted([1e6, 2.0, 1.0], [100, 100, 100], 14 / 3) == [8, 4, 2]
+    assert allotted([0.0, 0.0], [10, 10], 8) == [8, 8]
+    assert allotted([5.0, 1.0], [10, 1000], 2) == [2, 2]
+
+
+def test_squares_are_separated_from_signed_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.linalg.qr(torch.randn(50, 12, generator=generator, dtype=torch.float64))[0].t()
+    sizes = torch.rand(12, generator=generator, dtype=torch.float64)
+    signs = 2.0 * torch.randint(2, (9, 12), generator=generator) - 1.0
+    found = separated(signs.double(), signs.double() @ (sizes[:, None].sqrt() * rows))
+    assert torch.allclose(torch.tensor(found, dtype=torch.float64), sizes, atol=1e-10)
+
+
+def test_sensitivities_are_what_rounding_each_tensor_alone_does() -> None:
+    """The variance that 4 bits in one tensor cause, by 40 draws for each, against all of them from a few passes."""
+    program = rewrite.capture(wide(), (X,))
+    found = sensitivities(program, [X], 64, 0)
+    alone = []
+    exact = projected(program.clone().module)
+    for place in range(len(found)):
+        bits = [4 if i == place else 8 for i in range(len(found))]
+        module = rewrite.apply(program, [Bits(str(bits))], verify=False).module
+        torch.manual_seed(0)
+        draws = [projected(module) for _ in range(40)]
+        alone.append(sum(error(exact, draw) ** 2 for draw in draws) / 40)
+    mine = torch.tensor([each.cost for each in found], dtype=torch.float64).sqrt()
+    true = torch.tensor(alone, dtype=torch.float64).sqrt()
+    assert float(torch.corrcoef(torch.stack([mine, true]))[0, 1]) > 0.9
+
+
+def projected(module: nn.Module) -> list[Tensor]:
+    """The gradient of the projection of the outputs that sensitivities are measured by."""
+    y = module.train()(X)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    return list(torch.autograd.grad((y * weights).sum(), list(module.parameters())))
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 4)
+    )
+
+
+def test_bits_by_data_are_better_than_the_same_for_all() -> None:
+    """All that is known goes through 16 numbers, which take few bits in all."""
+    torch.manual_seed(0)
+    narrow = nn.Sequential(
+        nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 16), nn.GELU(), nn.Linear(16, 512), nn.SiLU(), nn.Linear(512, 4)
+    )
+    program = rewrite.capture(narrow, (X,))
+    exact = gradients(program.clone().module, seed=None)
+    errors, sizes = [], []
+    for text in ("bits=auto average=4", "bits=4"):
+        made = rewrite.apply(program, f"compress-activations{{{text} min_size=64}}", data=[X], verify=False)
+        torch.manual_seed(0)
+        errors.append(sum(error(exact, gradients(made.module, seed=None)) for _ in range(20)) / 20)
+        sizes.append(rewrite.memory(made).bytes)
+    assert errors[0] < 0.9 * errors[1]
+    assert sizes[0] <= 1.01 * sizes[1]
+    with pytest.raises(RewriteError, match="needs data"):
+        rewrite.apply(program, "compress-activations{bits=auto}")
+
+
+@dataclass(frozen=True)
+class Bits(Pass):
+    """Sets the bits of each tensor."""
+
+    name = "bits-of-each"
+    bits: str = option("[8]", "bits, as JSON")
+
+    def contract(self) -> Contract:
+        return Contract(forward=SAME, backward=ESTIMATE)
+
+    def run(self, program: Any, context: Any) -> None:
+        value = {"bits": json.loads(self.bits), "group": 256, "rounding": "stochastic", "min_size": 64}
+        context.edit.set_property("saved_tensors", value)
