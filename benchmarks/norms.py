@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import rewrite
 
-PIPELINES = ("", "rmsnorm", "rmsnorm{compressed=true}", "fold-affine", "rmsnorm | fold-affine", "dyt")
+PIPELINES = ("", "rmsnorm", "rmsnorm{compressed=true}", "fold-affine", "rmsnorm, fold-affine", "dyt")
 
 
 class Block(nn.Module):
