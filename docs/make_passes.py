@@ -6,6 +6,7 @@ python docs/make_passes.py --check    exit 1 if the page is not up to date
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from rewrite import Pass, get_pass, pass_names
 from rewrite.pipeline.pass_ import OptionDescription, describe
 
 PAGE = Path(__file__).with_name("passes.md")
+PICTURES = Path(__file__).with_name("pictures") / "passes.json"
 TOP = """\
 # Passes
 
@@ -60,7 +62,17 @@ def section(pass_class: type[Pass]) -> str:
     text = told.doc.replace("``", "`")
     options = "".join(_option(each) for each in told.options)
     table = f"\n| option | type | default | |\n| --- | --- | --- | --- |\n{options}" if options else "\nNo options.\n"
-    return f"\n## {told.name}\n\n{text}\n\nPromises: {contract}.\n{table}"
+    return f"\n## {told.name}\n\n{text}\n\nPromises: {contract}.\n{table}{_picture(told.name)}"
+
+
+def _picture(name: str) -> str:
+    """What the pass does to a tiny model, as docs/make_pictures.py drew it; empty for one that is not drawn yet."""
+    drawn = json.loads(PICTURES.read_text(encoding="utf-8")).get(name)
+    if drawn is None:
+        return ""
+    after = f", after `{drawn['after']}`" if drawn["after"] else ""
+    lines = "".join(f"{line}\n" for line in drawn["lines"])
+    return f"\n`{drawn['step']}` on a tiny model (`{drawn['model']}`{after}):\n\n```diff\n{lines}```\n"
 
 
 def _row(pass_class: type[Pass]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from .examples import run_python
+from .passes.table import passes
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -32,6 +34,13 @@ def test_the_page_of_passes_is_up_to_date() -> None:
     make = runpy.run_path(str(ROOT / "docs" / "make_passes.py"))
     page = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
     assert page == make["page"](), "run python docs/make_passes.py"
+
+
+def test_every_pass_is_drawn() -> None:
+    drawn = json.loads((ROOT / "docs" / "pictures" / "passes.json").read_text(encoding="utf-8"))
+    missing = {*passes()} ^ {*drawn}
+    assert not missing, "run python docs/make_pictures.py"
+    assert all(each["lines"] for each in drawn.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
