@@ -7,7 +7,6 @@ is what block j adds (Bercovich et al., "FFN Fusion", arXiv 2503.18908, section 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from torch.fx import Node
 from rewrite.errors import RewriteError
 from rewrite.graph.program import Program
 
-from .branches import Branch, branches
+from .blocks import Block, blocks_of
+from .branches import branches
 from .costs import depth_of, flops
 from .observe import Progress, observe, replay
 from .view import critical_path
@@ -72,14 +72,6 @@ class Depth:
         return {"blocks": blocks, "dependency": [list(row) for row in self.dependency], "chain": chain, "calls": self.calls}
 
 
-@dataclass(frozen=True)
-class _Block:
-    layer: int
-    start: Node
-    end: Node
-    branches: tuple[Branch, ...]
-
-
 def depth(
     program: Program,
     data: Any,
@@ -95,7 +87,7 @@ def depth(
 
     Raises RewriteError for a model without residual branches, and for data that does not fit.
     """
-    blocks = _blocks(branches(program))
+    blocks = blocks_of(branches(program))
     if not blocks:
         raise RewriteError("the model has no residual branches to tell of: rewrite show tells what there is")
     sums: dict[Any, Any] = {(b.addition, b.other): _Contribution() for block in blocks for b in block.branches}
@@ -108,17 +100,7 @@ def depth(
     return Depth(tuple(_told(block, sums, ends) for block in blocks), found, round(steps), work, counter.calls)
 
 
-def _blocks(found: Sequence[Branch]) -> list[_Block]:
-    """Branches by their layer: the values before the first and behind the last of each, where these hold one shape."""
-    made = []
-    for layer, group in itertools.groupby(found, key=lambda b: b.layer):
-        own = tuple(group)
-        start, end = own[0].other, own[-1].addition
-        made.append(_Block(layer, start, end, own))
-    return made
-
-
-def _told(block: _Block, sums: dict[Any, Any], ends: dict[Any, Any]) -> BlockInfluence:
+def _told(block: Block, sums: dict[Any, Any], ends: dict[Any, Any]) -> BlockInfluence:
     own = tuple(BranchInfluence(b.layer, b.path, b.kind, sums[b.addition, b.other].value) for b in block.branches)
     return BlockInfluence(block.layer, 1.0 - ends[block.start, block.end].mean, own)
 
@@ -173,7 +155,7 @@ class _Counted:
         self.progress(done, total)
 
 
-def _dependency(program: Program, blocks: Sequence[_Block], data: Any, seed: int) -> tuple[tuple[float, ...], ...]:
+def _dependency(program: Program, blocks: Sequence[Block], data: Any, seed: int) -> tuple[tuple[float, ...], ...]:
     """M[i, j], from one run of each call and one more of what follows each block, that block taken out."""
     size = len(blocks)
     cosines = {(i, j): _Cosine() for i in range(size) for j in range(i + 1, size)}

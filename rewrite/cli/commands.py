@@ -160,7 +160,7 @@ def apply(
         typer.Option(metavar="FILE", show_default=False, help="Samples to train the result on, by the model before."),
     ] = None,
     heal_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of healing.")] = 200,
-    lr: Rate = 1e-3,
+    lr: Rate = 5e-4,
     loss: Loss = "auto",
     checkpoint: CheckpointFile = None,
 ) -> None:
@@ -182,7 +182,7 @@ def heal(
     teacher: Annotated[str, typer.Option(metavar="OLD", help="The model that it was.", show_default=False)],
     data: Annotated[Path, typer.Option(metavar="FILE", help="Samples to learn from.", show_default=False)],
     steps: Annotated[int, typer.Option(metavar="N", min=0, help="Steps of training.")] = 200,
-    lr: Rate = 1e-3,
+    lr: Rate = 5e-4,
     loss: Loss = "auto",
     output: Annotated[
         Path | None,

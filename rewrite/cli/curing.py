@@ -24,7 +24,7 @@ class Cure:
     data: Path
     teacher: Model | None = None
     steps: int = 200
-    lr: float = 1e-3
+    lr: float = 5e-4
     loss: str = "auto"
     checkpoint: Path | None = None
 

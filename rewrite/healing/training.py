@@ -35,11 +35,11 @@ class Options:
     """How to heal: see ``rewrite.heal``."""
 
     steps: int = 200
-    lr: float = 1e-3
+    lr: float = 5e-4
     loss: LossName = "auto"
     hidden: float = 1.0
     batch: int = 32
-    patience: int = 5
+    patience: int = 10
     closed_form: bool = True
     seed: int = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 
 def insert_behind(
-    edit: Editor, node: Node, name: str, layer: nn.Module, users: Callable[[Node], bool] = lambda user: True
+    edit: Editor,
+    node: Node,
+    name: str,
+    layer: nn.Module,
+    users: Callable[[Node], bool] = lambda user: True,
+    also: Sequence[Node] = (),
 ) -> Node:
-    """Call ``layer`` on a node's value, and let ``users`` of it use that: the new node.
+    """Call ``layer`` on a node's value, and on those of ``also``, and let ``users`` of it use that: the new node.
 
     Behind a layer at ``a.b`` it stands at ``a.b_name``, behind an operator in the code of ``a`` at ``a.name``.
     """
@@ -28,6 +33,6 @@ def insert_behind(
     after = node
     while after.op == "placeholder" and after.next.op == "placeholder":
         after = after.next
-    made = edit.insert_layer(path, layer, [node], after=after)
+    made = edit.insert_layer(path, layer, [node, *also], after=after)
     edit.rewire(node, made, users=lambda user: user is not made and users(user))
     return made

@@ -24,7 +24,7 @@ def test_apply_heals_what_its_passes_cost(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ("apply", model, "-p", "dyt", "--inputs", "2x8", "--trust-pickle", "--report", report)
     text = run(*arguments, "--heal", data, "--heal-steps", "10").stdout
-    assert "heal{steps=10 loss=mse lr=0.001}" in text
+    assert "heal{steps=10 loss=mse lr=0.0005}" in text
     assert "model.dyt.heal.pt" in text
     assert (tmp_path / "model.dyt.heal.pt").exists()
     told = json.loads(report.read_text())

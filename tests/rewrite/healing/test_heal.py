@@ -98,7 +98,7 @@ def test_least_squares_finds_a_layer_that_was_spoiled() -> None:
 def test_training_wins_back_what_is_lost_and_its_record_says_how_much() -> None:
     before = dropped().module.state_dict()
     copies = {name: tensor.clone() for name, tensor in before.items()}
-    healed = heal(dropped(), original(), samples(), steps=30)
+    healed = heal(dropped(), original(), samples(), steps=30, lr=1e-3)
     x = torch.randn(64, DIM, generator=torch.Generator().manual_seed(7))[None]
     with torch.no_grad():
         wanted = original().module.eval()(x)
