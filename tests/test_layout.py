@@ -26,7 +26,8 @@ WINGS = {
     "proof": ("graph", "numerics", "analysis.writes"),
     "lowering": ("graph", "numerics", "plugins"),
     "pipeline": ("graph", "numerics", "analysis", "axes", "proof", "frontend.capture", "plugins", "sources.data"),
-    "files": ("graph", "sources", "frontend", "lowering"),
+    "rebuild": ("graph", "numerics", "lowering", "sources", "axes"),
+    "files": ("graph", "sources", "frontend", "lowering", "rebuild"),
 }
 PASSES = ("pipeline", "analysis", "axes", "training", "graph", "proof.contract", "proof.part")
 BACKENDS = ("lowering", "graph", "numerics", "files.staging")

@@ -142,7 +142,7 @@ def apply(
             "-o",
             metavar="OUT",
             show_default=False,
-            help="A .pt, .pt2, .onnx or .safetensors file; by default model.pt becomes model.PASS.pt.",
+            help="A .pt, .pt2, .onnx or .safetensors file, or a folder; by default model.pt becomes model.PASS.pt.",
         ),
     ] = None,
     inputs: Inputs = None,

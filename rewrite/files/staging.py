@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, first_line
 
 LONGEST = 255
 """How many bytes the name of a file may have, on every common file system."""
@@ -28,8 +29,25 @@ def check_place(path: Path) -> None:
         raise RewriteError(f"cannot write {path}: there is no folder {path.parent}")
 
 
+def is_folder_name(path: Path) -> bool:
+    """Whether a name is that of a folder to be written: it has no suffix (``llama-3.2-1b`` has none), or is one that is
+    there."""
+    return not path.suffix or path.suffix[1:2].isdigit() or os.path.isdir(path)
+
+
+def check_folder_place(path: Path) -> None:
+    """Raises RewriteError unless ``path`` can be a new folder in one that is there; an empty one may be there already."""
+    if path.is_dir() and not any(path.iterdir()):
+        path = path.resolve() / "x"  # its own folder is there
+    elif path.is_dir():
+        raise RewriteError(f"cannot write {path}: the folder is there and not empty; name a new one")
+    elif path.exists():
+        raise RewriteError(f"cannot write {path}: it is a file; name a folder")
+    check_place(path)
+
+
 class Staging:
-    """Files that appear all at once, when the context is left without an error; otherwise none does.
+    """Files and folders that appear all at once, when the context is left without an error; otherwise none does.
 
     In a ``rehearsal`` none does either: they are written to the system's temporary folder and thrown away.
     """
@@ -44,11 +62,22 @@ class Staging:
         A format of several files may write others next to it; they are moved along.
         """
         check_place(final)
-        folder = None if self._rehearsal else final.parent
         with explained(final):
-            room = Path(tempfile.mkdtemp(prefix=f".{final.name[:100]}.", suffix=".partial", dir=folder))
-        self._rooms.append((room, final))
+            return self._room(final) / final.name
+
+    def folder(self, final: Path) -> Path:
+        """An empty folder to write what is to become the folder ``final``, which is not there or empty."""
+        check_folder_place(final)
+        with explained(final):
+            room = self._room(final)
+            (room / final.name).mkdir()
         return room / final.name
+
+    def _room(self, final: Path) -> Path:
+        folder = None if self._rehearsal else final.parent
+        room = Path(tempfile.mkdtemp(prefix=f".{final.name[:100]}.", suffix=".partial", dir=folder))
+        self._rooms.append((room, final))
+        return room
 
     def drop(self, final: Path) -> None:
         """Forget what was written for ``final``."""
@@ -71,12 +100,15 @@ class Staging:
 
 
 def _move(file: Path, final: Path) -> None:
-    """Move a file into place, with the permissions of any file written there: some writers keep others out."""
-    if final.exists():
+    """Move a file or folder into place, with the permissions of any written there: some writers keep others out."""
+    umask = os.umask(0)
+    os.umask(umask)
+    if file.is_dir():
+        for inner in file.rglob("*"):
+            inner.chmod((0o777 if inner.is_dir() else 0o666) & ~umask)
+    elif final.exists():
         shutil.copymode(final, file)
     else:
-        umask = os.umask(0)
-        os.umask(umask)
         file.chmod(0o666 & ~umask)
     os.replace(file, final)
 
@@ -90,6 +122,18 @@ def explained(path: Path) -> Iterator[None]:
         staged = path.parent.suffix == ".partial"
         final = path.parent.parent / path.name if staged else path
         raise RewriteError(f"cannot write {final}: {_reason(final, error)}") from None
+
+
+@contextmanager
+def of_the_system() -> Iterator[None]:
+    """Turn what a writer in Rust says into the operating system's error that it tells of, or into its own line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else RewriteError(first_line(error))) from None
 
 
 def _reason(path: Path, error: OSError) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from rewrite.graph.layers import Constants
 from rewrite.graph.nodes import fixed_size
 from rewrite.graph.program import Dimension, LayerGraph, Opaque, Origin, Program
 from rewrite.graph.properties import thawed
+from rewrite.rebuild.folder import write_class
 from rewrite.sources.installed import Installed
 from rewrite.sources.paths import check_regular
 
@@ -38,7 +40,7 @@ from .graphs import decode_graph, encode_graph, import_homes, operator_homes, op
 from .interfaces import decode_interface, encode_interface
 from .modules import Decoder, encode_module
 from .revalue import revalue
-from .staging import Staging, explained
+from .staging import Staging, explained, is_folder_name, of_the_system
 from .tensors import TensorWriter, describe, read_tensors, tied
 
 FORMAT = 2
@@ -46,17 +48,43 @@ _LAYERS, _TENSORS = "rewrite/program.json", "rewrite/tensor_"
 
 
 def save(program: Program, path: str | os.PathLike[str]) -> Path:
-    """Write a program to a ``.pt2`` file, atomically: on any failure a file that was there stays as it was.
+    """Write a program to a ``.pt2`` file, or to a new folder that its model's own library reads; the path of it.
 
-    Raises RewriteError if the name does not end in ``.pt2``, a layer is code that a file cannot hold, or the folder
-    cannot be written.
+    A folder (a name without a suffix) is written where the result is the model's class with other sizes: found from the
+    shapes, read back by the class and compared with the program before it appears. Otherwise it is ``FOLDER.pt2``, and a
+    Python warning tells why. On any failure what was there stays as it was.
+
+    Raises RewriteError for another suffix, a folder that is not empty, a layer that is code which a file cannot hold, or
+    a place that cannot be written.
     """
     target = Path(path)
+    if is_folder_name(target):
+        with Staging() as staging:
+            written, _, reason = write_folder(program, target, staging)
+        if reason:
+            warnings.warn(f"{target} is not written, {written} is: {reason}", stacklevel=2)
+        return written
     if target.suffix != ".pt2":
-        raise RewriteError(f"a program is saved as .pt2, not {target.name}")
+        raise RewriteError(f"a program is saved as .pt2, or as a folder (a name without a suffix), not {target.name}")
     with explained(target), Staging() as staging:
         write_program(program, staging.path(target), target.stem)
     return target
+
+
+def write_folder(program: Program, path: Path, staging: Staging) -> tuple[Path, str, str]:
+    """Stage a program as a folder of its model's library: what was staged, how it is read, and, where that is a ``.pt2``
+    because no folder holds it, the reason."""
+    place = staging.folder(path)
+    with explained(path), of_the_system():
+        try:
+            return path, write_class(program, place, path.name), ""
+        except RewriteError as error:
+            reason = str(error)
+    staging.drop(path)
+    instead = path.with_name(f"{path.name}.pt2")
+    with explained(instead):
+        write_program(program, staging.path(instead), instead.stem)
+    return instead, "a program, read it with rewrite.load or torch.export.load", reason
 
 
 def write_program(program: Program, path: Path, root: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import RewriteError, did_you_mean, first_line
 
-from .staging import FullDiskFile, Staging, check_place, explained
+from .staging import FullDiskFile, Staging, check_folder_place, check_place, explained, is_folder_name, of_the_system
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +19,15 @@ if TYPE_CHECKING:
 
 MODULE_SUFFIXES = (".pt", ".pth")
 SUFFIXES = (".pt", ".pt2", ".onnx", ".safetensors", ".pth")
-FORMATS = ".pt (your class again), .pt2 (an exported program), .onnx or .safetensors (the weights alone)"
+FORMATS = (
+    ".pt (your class again), .pt2 (an exported program), .onnx, .safetensors (the weights alone) or, without a suffix, "
+    "a folder for the model's library"
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The file to write; ``asked`` where the user named it, otherwise a `.pt2` may take the place of a `.pt`."""
+    """The file or folder to write; ``asked`` where the user named it, otherwise a `.pt2` may take the place of a `.pt`."""
 
     path: Path
     asked: bool
@@ -51,11 +52,15 @@ def plan(spec: str, names: Sequence[str], output: Path | None, read: Iterable[Pa
             hold a class where the model has none.
     """
     path = output if output is not None else _default(spec, names)
+    if output is not None and is_folder_name(output):
+        check_folder_place(path)
+        if _is_program(spec):
+            raise RewriteError(f"cannot write {path}: {spec} holds a program, and not how its class is built; write a .pt2")
+        return Plan(path, True)
     check_free(path, [Path(spec), *read])
     if path.suffix not in SUFFIXES:
-        kind = f"suffix {path.suffix}" if path.suffix else "name without a suffix"
-        near = did_you_mean(path.suffix, SUFFIXES) if path.suffix else ""
-        raise RewriteError(f"cannot write {path}: unknown {kind}{near or f'; give {FORMATS}'}")
+        near = did_you_mean(path.suffix, SUFFIXES)
+        raise RewriteError(f"cannot write {path}: unknown suffix {path.suffix}{near or f'; give {FORMATS}'}")
     if path.suffix in MODULE_SUFFIXES and _is_program(spec):
         raise RewriteError(
             f"cannot write {path}: {spec} holds a program and no class to give back; "
@@ -104,6 +109,10 @@ def write(program: Program, model: nn.Module | None, plan: Plan, staging: Stagin
     reason, unless the user asked for the module.
     """
     path = plan.path
+    if is_folder_name(path):
+        from .store import write_folder
+
+        return Written(*write_folder(program, path, staging))
     with explained(path):
         if path.suffix not in MODULE_SUFFIXES:
             return _WRITERS[path.suffix](program, path, staging)
@@ -150,22 +159,13 @@ def _write_onnx(program: Program, path: Path, staging: Staging) -> Written:
 
 
 def _write_weights(program: Program, path: Path, staging: Staging) -> Written:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, tied = _separate(program.module.state_dict())
-    try:
+    with of_the_system():
         save_file(tensors, staging.path(path), metadata={"format": "pt", **tied})
-    except SafetensorError as error:
-        raise _of_the_system(error) from None
     shared = f", {len(tied)} tied names left to their partners" if tied else ""
     return Written(path, f"{len(tensors)} tensors{shared}")
-
-
-def _of_the_system(error: Exception) -> Exception:
-    """The operating system's error that a writer in Rust tells of, or its own where there is none."""
-    code = re.search(r"os error (\d+)", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else RewriteError(first_line(error))
 
 
 def _separate(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

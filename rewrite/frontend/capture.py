@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from rewrite.errors import RewriteError
 from rewrite.graph.export import Inputs, widened
+from rewrite.graph.home import home_of
 from rewrite.graph.hooks import hung
 from rewrite.graph.nodes import call_arguments, overload
 from rewrite.graph.program import LayerGraph, Opaque, Origin, Program
@@ -80,8 +81,8 @@ class _Capture:
         module = self._lift(train, evaluation)
         self.seconds["lift"] = time.perf_counter() - began - (self.seconds["check"] - checked)
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
-        kind = type(self.model)
-        origin = Origin(f"{kind.__module__}.{kind.__qualname__}", shapes, self.seconds, tuple(self.notes))
+        home, kind = home_of(self.model), type(self.model)
+        origin = Origin(f"{kind.__module__}.{kind.__qualname__}", shapes, self.seconds, tuple(self.notes), home)
         opaque = opaque_parts(module)
         if self.untrained:
             opaque = (Opaque("", "training mode", self.untrained), *opaque)

@@ -16,6 +16,7 @@ from rewrite.errors import RewriteError
 from .codegen import compile_graph, copy_graph
 from .copies import copied_children, uncollected
 from .fakes import Fakes
+from .home import Home
 from .interface import Interface, make_forward
 from .nodes import attribute
 from .properties import NONE, Running, checked, executed, under
@@ -127,12 +128,16 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a program comes from: the model's class, its parameter shapes, what capture measured and noticed."""
+    """Where a program comes from: the model's class, its parameter shapes, what capture measured and noticed.
+
+    ``home`` is how the model was built, unless the program comes from a file.
+    """
 
     model_class: str
     parameter_shapes: Mapping[str, tuple[int, ...]]
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    home: Home | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

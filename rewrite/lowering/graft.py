@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ from rewrite.graph.copies import copied, uncollected
 from rewrite.graph.hooks import hang, take_down
 from rewrite.graph.nodes import attribute, hint_of
 from rewrite.graph.program import LayerGraph, Program
-from rewrite.graph.tree import Places, on_meta, tied
-from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, clone, difference, run
+from rewrite.graph.tree import Places, tied
+from rewrite.numerics.compare import clone
 from rewrite.numerics.probes import light_copy
 
+from .compared import disagreement
 from .fitting import Fit, fit, followed, joined, unplaced
 from .standing import calls_of, standing
 
-ROUNDING = 1e-5
-"""The largest relative error between two float32 runs of the same operators."""
 _PLAIN = (bool, int, float, str, tuple, torch.Size)
 
 
@@ -174,53 +172,6 @@ def _set(places: Places, model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _verify(program: Program, made: nn.Module) -> None:
-    if on_meta(made):
-        return
-    untrained = any(part.kind == "training mode" for part in program.opaque)
-    modes: tuple[Mode, ...] = ("eval",) if untrained else ("train", "eval")
-    args, kwargs = program.example_args, dict(program.example_kwargs)
-    if "use_cache" in program.module.interface.signature.parameters:
-        kwargs.setdefault("use_cache", False)
-    comparison = _Comparison(program, made, args, kwargs)
-    for mode in modes:
-        gap, tolerance = comparison.gap(mode, gradients=mode == modes[0])
-        if gap.largest > tolerance:
-            raise RewriteError(
-                f"the grafted model differs from the program in {mode} mode (outputs {gap.outputs:.1e}, "
-                f"gradients {gap.gradients:.1e} at {gap.worst_gradient or 'none'}, buffers "
-                f"{gap.buffers:.1e}) {gap.problem}: save the program as .pt2"
-            )
-        if not gap.modal:  # nothing that ran asked for the mode
-            return
-
-
-@dataclass
-class _Comparison:
-    """A program and the grafted model, run side by side; a program that does not ask for its mode is run in one."""
-
-    program: Program
-    made: nn.Module
-    args: Any
-    kwargs: Any
-    runs: dict[tuple[bool, bool], Run] = field(default_factory=dict)
-
-    def gap(self, mode: Mode, *, gradients: bool) -> tuple[Difference, float]:
-        """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
-        own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
-        own = self._difference(mode, exact=False, gradients=gradients)
-        if own.largest == 0:
-            return own, 0.0
-        try:
-            return self._difference(mode, exact=True, gradients=gradients), TOLERANCE
-        except RuntimeError:
-            return own, ROUNDING
-
-    def _difference(self, mode: Mode, *, exact: bool, gradients: bool) -> Difference:
-        ours = self.runs.get((exact, gradients))
-        if ours is None or ours.modal:
-            ours = self._run(self.program.module, mode, exact, gradients)
-            self.runs[exact, gradients] = ours
-        return difference(ours, self._run(self.made, mode, exact, gradients))
-
-    def _run(self, module: nn.Module, mode: Mode, exact: bool, gradients: bool) -> Run:
-        return run(module, self.args, self.kwargs, mode, exact=exact, gradients=gradients, by_layer=False)
+    difference = disagreement(program, made)
+    if difference:
+        raise RewriteError(f"the grafted model differs from the program {difference}: save the program as .pt2")

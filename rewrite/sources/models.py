@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,21 +113,14 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise RewriteError(f"{folder} has a config.json but no safetensors")
     transformers = _library("transformers")
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with bounded_by(check_folder(folder)):
-            model, info = _from_pretrained(transformers, folder, trust)
-    except RewriteError as error:
-        raise RewriteError(f"cannot load {folder}: {error}") from None
-    except Exception as error:
-        raise RewriteError(f"cannot load {folder}: {first_line(error)}") from None
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
+    with quiet(transformers):
+        try:
+            with bounded_by(check_folder(folder)):
+                model, info = _from_pretrained(transformers, folder, trust)
+        except RewriteError as error:
+            raise RewriteError(f"cannot load {folder}: {error}") from None
+        except Exception as error:
+            raise RewriteError(f"cannot load {folder}: {first_line(error)}") from None
     gaps = {
         "missing": sorted(info["missing_keys"]),
         "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
@@ -134,6 +128,21 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
     if any(gaps.values()):
         raise RewriteError(f"the weights in {folder} do not fit {type(model).__name__}: {_listed(gaps)}")
     return model
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the bars and warnings of transformers."""
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _from_pretrained(transformers: Any, folder: Path, trust: bool) -> tuple[nn.Module, Mapping[str, Any]]:

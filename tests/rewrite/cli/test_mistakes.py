@@ -62,7 +62,7 @@ def test_a_bug_is_named_as_such_and_keeps_its_traceback(model: Path) -> None:
     [
         (["-p", "dyt", "-o", "x.foo"], "cannot write x.foo: unknown suffix .foo; give .pt (your class again), .pt2"),
         (["-p", "dyt", "-o", "x.safetenors"], "unknown suffix .safetenors; did you mean '.safetensors'?"),
-        (["-p", "dyt", "-o", "x"], "cannot write x: unknown name without a suffix"),
+        (["-p", "dyt", "-o", "."], "cannot write .: the folder is there and not empty"),
         (["-p", "dyt", "-o", "model.pt"], "cannot write model.pt: it is an input of this run"),
         (["-p", "dyt", "-o", "nowhere/x.pt"], "cannot write nowhere/x.pt: there is no folder nowhere"),
         (["-p", "dyt", "--weights", "w.pt", "-o", "w.pt"], "there is no file w.pt"),

@@ -1,0 +1,77 @@
+"""A program beside a module of the user's that is to do the same: both run on the example inputs, in both modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rewrite.graph.program import Program
+from rewrite.graph.tree import on_meta
+from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, difference, run
+
+ROUNDING = 1e-5
+"""The largest relative error between two float32 runs of the same operators."""
+
+
+def disagreement(
+    program: Program, made: nn.Module, modes: Sequence[Mode] = ("train", "eval"), *, gradients: bool = True
+) -> str:
+    """How a module differs from a program, in words; empty where it does not: outputs and buffers in each of the modes,
+    ``gradients`` in the first.
+
+    Bit for bit, or else in exact arithmetic. Without values nothing is compared.
+    """
+    if on_meta(made):
+        return ""
+    if any(part.kind == "training mode" for part in program.opaque):
+        modes = ("eval",)
+    args, kwargs = program.example_args, dict(program.example_kwargs)
+    if "use_cache" in program.module.interface.signature.parameters:
+        kwargs.setdefault("use_cache", False)
+    both = _Both(program, made, args, kwargs)
+    for mode in modes:
+        gap, tolerance = both.gap(mode, gradients=gradients and mode == modes[0])
+        if not gap.largest <= tolerance:
+            at = f" at {gap.worst_gradient}" if gap.worst_gradient else ""
+            return (
+                f"in {mode} mode (outputs {gap.outputs:.1e}, gradients {gap.gradients:.1e}{at}, "
+                f"buffers {gap.buffers:.1e}) {gap.problem}"
+            ).rstrip()
+        if not gap.modal:  # nothing that ran asked for the mode
+            break
+    return ""
+
+
+@dataclass
+class _Both:
+    """A program and a module, run side by side; a program that does not ask for its mode is run in one."""
+
+    program: Program
+    made: nn.Module
+    args: Any
+    kwargs: Any
+    runs: dict[tuple[bool, bool], Run] = field(default_factory=dict)
+
+    def gap(self, mode: Mode, *, gradients: bool) -> tuple[Difference, float]:
+        """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
+        own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
+        own = self._difference(mode, exact=False, gradients=gradients)
+        if own.largest == 0:
+            return own, 0.0
+        try:
+            return self._difference(mode, exact=True, gradients=gradients), TOLERANCE
+        except RuntimeError:
+            return own, ROUNDING
+
+    def _difference(self, mode: Mode, *, exact: bool, gradients: bool) -> Difference:
+        ours = self.runs.get((exact, gradients))
+        if ours is None or ours.modal:
+            ours = self._run(self.program.module, mode, exact, gradients)
+            self.runs[exact, gradients] = ours
+        return difference(ours, self._run(self.made, mode, exact, gradients))
+
+    def _run(self, module: nn.Module, mode: Mode, exact: bool, gradients: bool) -> Run:
+        return run(module, self.args, self.kwargs, mode, exact=exact, gradients=gradients, by_layer=False)

@@ -1,0 +1,184 @@
+"""Programs written as folders that their models' own libraries read: transformers, timm, the user's own classes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewrite
+from rewrite import Program, RewriteError
+from rewrite.rebuild.fit import fit_class
+from tests.rewrite.cli.running import fresh, run
+
+
+@dataclass
+class Sizes:
+    width: int = 6
+    hidden: int = 8
+    layers: int = 1
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(sizes.width), nn.Linear(sizes.width, sizes.hidden)
+        self.down = nn.Linear(sizes.hidden, sizes.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """A class of one's own with one record of its sizes."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Ratio(nn.Module):
+    """The hidden size follows in code from a width that is held under another name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = Block(Sizes(width, 2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net(Sizes())
+
+
+def grown(model: nn.Module, text: str = "expand{ffn=2x}") -> Program:
+    return rewrite.apply(model, text, args=(torch.randn(3, 5, 6),), verify=False)
+
+
+def gpt() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def test_a_class_of_ones_own_by_its_constructor(tmp_path: Path) -> None:
+    program = grown(net())
+    assert rewrite.save(program, tmp_path / "big") == tmp_path / "big"
+    note = json.loads((tmp_path / "big" / "rewrite.json").read_text())
+    assert note["arguments"]["sizes"]["arguments"] == {"width": 6, "hidden": 16, "layers": 1}
+    assert "model = Net(sizes=Sizes(width=6, hidden=16, layers=1))" in note["python"]
+    assert sorted(p.name for p in (tmp_path / "big").iterdir()) == ["model.safetensors", "rewrite.json"]
+    names: dict[str, Any] = {}
+    line = note["python"].replace("big/", f"{tmp_path}/big/").replace(f"from {__name__} import Net; ", "")
+    exec(line.replace(f"from {__name__} import Net, Sizes; ", ""), {"Net": Net, "Sizes": Sizes}, names)
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(names["model"].eval()(x), program.module.eval()(x))
+
+
+def test_what_no_constructor_says_is_a_program_with_the_reason(tmp_path: Path) -> None:
+    program = grown(Ratio(6))
+    with pytest.warns(UserWarning, match="takes width, which its instance does not hold as a plain attribute"):
+        written = rewrite.save(program, tmp_path / "big")
+    assert written == tmp_path / "big.pt2"
+    assert [p.name for p in tmp_path.iterdir()] == ["big.pt2"]
+    with pytest.raises(RewriteError, match="comes from a file"):
+        fit_class(rewrite.load(written))
+
+
+def test_one_layer_of_several_has_no_setting(tmp_path: Path) -> None:
+    program = grown(Net(Sizes(layers=2)), "expand{ffn=2x where=ffn.0}")
+    with pytest.warns(UserWarning, match=r"no settings of its class give its sizes: .*\.weight would be"):
+        rewrite.save(program, tmp_path / "big")
+
+
+def test_layers_of_a_pass_have_no_place(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"no place for blocks\.\*\.norm\.alpha"):
+        rewrite.save(rewrite.apply(net(), "dyt", args=(torch.randn(3, 5, 6),)), tmp_path / "big")
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    rewrite.save(grown(net()), tmp_path / "big")
+    with pytest.raises(RewriteError, match="the folder is there and not empty"):
+        rewrite.save(grown(net()), tmp_path / "big")
+    with pytest.raises(RewriteError, match="there is no folder"):
+        rewrite.save(grown(net()), tmp_path / "nowhere" / "big")
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_model", full)
+    with pytest.raises(RewriteError, match="has no room"):
+        rewrite.save(grown(net()), tmp_path / "big")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_from_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    gpt().save_pretrained("small")
+    Path("small/tokenizer.json").write_text('{"any": 1}')
+    Path("small/code.py").write_text("raise SystemExit")
+    told = run("apply", "small", "-p", "expand{ffn=2x}", "-o", "big", "--no-verify").stdout
+    assert told.splitlines()[-1] == "wrote big: a transformers folder, read it with GPT2LMHeadModel.from_pretrained"
+    assert json.loads(Path("big/config.json").read_text())["n_inner"] == 128
+    assert {p.name for p in Path("big").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r}); import torch\n"
+        "library = torch.library.Library('torchvision', 'FRAGMENT')\n"
+        "for n in ('nms', 'qnms'): library.define(n + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
+        "from transformers import AutoModelForCausalLM as A\n"
+        "small, big = A.from_pretrained('small'), A.from_pretrained('big')\n"
+        "x, kw = torch.tensor([[3, 4, 5]]), dict(max_new_tokens=8, do_sample=False)\n"
+        "print(torch.equal(small.generate(x, **kw), big.generate(x, **kw)), 'rewrite' in sys.modules)"
+    )
+    assert fresh(code, tmp_path) == "True False"
+
+
+def test_heads_or_head_size_is_decided_by_the_outputs() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40, "bos_token_id": 0}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    model = Qwen2ForCausalLM(config)
+    program = rewrite.apply(model, "expand{heads=2x}", kwargs={"input_ids": torch.arange(18).view(2, 9)}, verify=False)
+    edits = {str(path[-1]): value for path, value in fit_class(program).edits.items()}
+    assert edits == {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+
+
+def test_timm_by_name_and_arguments(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", img_size=64, num_classes=5)
+    program = rewrite.apply(model, "expand{ffn=2x}", args=(torch.randn(2, 3, 64, 64),), verify=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewrite.save(program, tmp_path / "big")
+    note = json.loads((tmp_path / "big" / "rewrite.json").read_text())
+    assert note["model"] == "timm:test_vit"
+    assert note["arguments"] == {"num_classes": 5, "img_size": [64, 64], "mlp_ratio": 6}
+    assert sys.modules["timm"] is timm
