@@ -132,7 +132,13 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Without the bars and warnings of transformers."""
+    """Without the bars and warnings of transformers.
+
+    While transformers loads, ``torch.linspace`` is another function; torch lists its factories once, at the first use of a
+    device as a context, and would never know the real one: so it is used here first.
+    """
+    with torch.device("meta"):
+        torch.empty(0)
     bar = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
