@@ -15,6 +15,7 @@ from .job import Model, read_data
 if TYPE_CHECKING:
     from rewrite.graph.program import Program
     from rewrite.pipeline.settings import Listener
+    from rewrite.sources.data import Data
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Cure:
         """The result of a run's passes, healed; as it is where they changed nothing."""
         if self.teacher is None and not any(record.changes for record in result.history[earlier:]):
             return result
-        teacher = before if self.teacher is None else self.teacher.read(listener)[0]
+        teacher = before if self.teacher is None else self.teacher.read(listener, self.samples())[0]
         from rewrite.healing.healed import heal
 
         loss: Any = self.loss
         return heal(
             result,
             teacher,
-            _samples(self.data),
+            self.samples(),
             steps=self.steps,
             lr=self.lr,
             loss=loss,
@@ -60,14 +61,16 @@ class Cure:
             listener=lambda text: listener(Tick(text)),
         )
 
+    def samples(self) -> Data:
+        """What it learns from. Raises RewriteError for what cannot be read."""
+        try:
+            found = read_data(self.data)
+        except RewriteError as error:
+            raise RewriteError(f"{error} (what healing learns from)") from None
+        assert found is not None
+        return found
+
     def end(self) -> None:
         """Take the checkpoint away: the result is written."""
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
-
-
-def _samples(path: Path) -> Any:
-    try:
-        return read_data(path)
-    except RewriteError as error:
-        raise RewriteError(f"{error} (what healing learns from)") from None

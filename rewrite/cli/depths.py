@@ -32,7 +32,7 @@ def deep(model: Model, passes: tuple[str, ...], data: Path | None, listener: Lis
     samples = read_data(data)
     if samples is None:
         raise RewriteError("depth is told by data: give some with --data FILE")
-    program, _ = model.read(listener)
+    program, _ = model.read(listener, samples)
     from rewrite.analysis.influence import depth
 
     def ticking(done: int, total: int | None) -> None:

@@ -58,8 +58,10 @@ class Model:
             if path is not None and path.suffix in FILES and not is_there(path):
                 raise RewriteError(f"there is no file {path}")
 
-    def read(self, listener: Listener) -> tuple[Program, nn.Module | None]:
+    def read(self, listener: Listener, data: Data | None = None) -> tuple[Program, nn.Module | None]:
         """The program, and the module that it was captured from: None for a `.pt2`.
+
+        Without --inputs they are inferred, for what the ``data`` has where there is some.
 
         Raises RewriteError when the model cannot be read or captured.
         """
@@ -73,8 +75,9 @@ class Model:
 
         from rewrite.frontend.capturable import check_capturable
         from rewrite.frontend.capture import capture
-        from rewrite.sources.inputs import infer_inputs, parse_inputs, unlike
+        from rewrite.sources.inputs import parse_inputs, unlike
         from rewrite.sources.models import read_model
+        from rewrite.sources.sampled import inputs_for
 
         torch.manual_seed(self.seed)  # what is built here has random weights
         model = read_model(self.spec, weights=self.weights, trust=self.trust).model
@@ -82,7 +85,7 @@ class Model:
         if self.inputs:
             args, kwargs = parse_inputs(self.inputs, seed=self.seed, model=model)
         else:
-            args, kwargs = infer_inputs(model, seed=self.seed)
+            args, kwargs = inputs_for(model, data, seed=self.seed)
         listener(f"capturing {type(model).__name__}")
         hint = unlike(model, args, kwargs)
         try:
@@ -123,7 +126,8 @@ class Job:
 
         chain = as_passes(self.passes)
         data = read_data(self.data)
-        program, model = self.model.read(listener)
+        healing = None if self.cure is None else self.cure.samples()
+        program, model = self.model.read(listener, healing if data is None else data)
         from rewrite.pipeline.run import apply
 
         earlier = len(program.history)

@@ -28,7 +28,7 @@ def measured(
     Raises RewriteError where the model cannot be read, and as passes do.
     """
     samples = read_data(data)
-    program, _ = model.read(listener)
+    program, _ = model.read(listener, samples)
     from rewrite.training.saved import memory
 
     listener("measuring")

@@ -66,7 +66,9 @@ class Interface:
             if argument.name not in values:
                 if all(place is None for place in argument.leaves):
                     continue
-                raise TypeError(f"missing argument {argument.name!r}: the model was captured with it")
+                raise TypeError(
+                    f"missing argument {argument.name!r}: the model was captured with it; give it, or capture without it"
+                )
             self._enter_argument(argument, values[argument.name], flat)
         for name, value in values.items():
             if name not in seen and value is not None and not self._is_default(name, value):

@@ -1,0 +1,46 @@
+"""Example inputs of a model that data is given for: what the data does not have need not be an input."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from rewrite.errors import RewriteError
+
+from .data import Data
+from .images import BATCH
+from .input_text import Inputs
+from .inputs import infer_inputs
+
+
+def inputs_for(model: nn.Module, data: Data | None, *, seed: int = 0) -> Inputs:
+    """What `infer_inputs` infers, without optional arguments that the data lacks; where nothing can be inferred, the
+    data's first samples.
+
+    A language model that is given token ids alone so is captured without a mask. Raises RewriteError as `infer_inputs`
+    does where there is no data, and for data that cannot be read.
+    """
+    try:
+        args, kwargs = infer_inputs(model, seed=seed)
+    except RewriteError:
+        if data is None:
+            raise
+        return _first(model, data)
+    call = None if data is None else next(iter(data), None)
+    if call is None or call.args or not call.kwargs:
+        return args, kwargs
+    optional = {p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty}
+    kept = {name: value for name, value in kwargs.items() if name in call.kwargs or name not in optional}
+    return (args, kept) if args or kept else (args, kwargs)
+
+
+def _first(model: nn.Module, data: Data) -> Inputs:
+    """The first samples of data; of what they are named by, what the model's forward knows."""
+    call = next(data.calls(BATCH), None)
+    if call is None:
+        raise RewriteError("the data is empty")
+    parameters = inspect.signature(model.forward).parameters.values()
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = {p.name for p in parameters}
+    return call.args, {n: v for n, v in call.kwargs.items() if anything or n in known or not call.spare}
