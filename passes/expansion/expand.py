@@ -1,118 +1,111 @@
-"""More hidden units in FFNs, more heads, more channels, with the function kept."""
+"""A larger model that computes the same: wider FFNs, more and larger heads, a wider stream."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from rewrite.axes.analyze import analyze
-from rewrite.axes.resize import resize
+from rewrite.axes.fills import Init
+from rewrite.axes.growth import grow
+from rewrite.axes.kinds import KINDS, group_of, growth_of, obstacle, of_kind, prepare
 from rewrite.errors import RewriteError
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
+from rewrite.pipeline.sizes import check_size, grown
 from rewrite.proof.contract import SAME, Contract
 
 if TYPE_CHECKING:
-    from rewrite.axes.call import Place
     from rewrite.axes.dims import Dim
+    from rewrite.axes.table import Table
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
-
-#: How an entry may be worked on where readers of zeros keep it without effect.
-_FREE = frozenset({"in", "batch", "elementwise", "group"})
-_SIZE = re.compile(r"(?P<times>\d+(\.\d+)?)x|\+(?P<more>\d+)|(?P<size>\d+)")
 
 
 class Site(NamedTuple):
     path: str
     types: tuple[str, ...]
     dim: Dim
-    more: int
+    size: int
 
 
 @dataclass(frozen=True)
 class Expand(Pass):
-    """Grow FFNs and attention, the function kept: W1' = [W1; M], b1' = [b1; M], W2' = [W2, 0].
+    """Grow a model in any of its dimensions, the function kept: W1' = [W1; M], b1' = [b1; M], W2' = [W2, 0].
 
-    ``ffn`` gives each FFN more units, ``heads`` each attention more heads (with grouped queries more groups: key, value and
-    query heads together). What writes the new units is drawn from a normal distribution with the deviation of the tensor it
-    extends, from the seed; what reads them is 0, so that the forward and the gradients of all old parameters are the same,
-    and the new parameters train. Gates, masks and gains go along. Sizes are absolute (`512`), more (`+4`) or times (`2x`).
+    ``ffn`` gives each FFN more units, ``heads`` each attention more heads (query heads; where they share key heads, whole
+    groups), ``value_dim`` longer values: what writes the new units is free, what reads them is 0. ``head_dim`` gives longer
+    queries and keys, free in the queries and 0 in the keys, which are scaled by √(k'/k) where attention divides by √k'.
+    ``hidden`` widens the stream: what writes to it is 0 in the new units, what reads them is free, each RMSNorm's gain is
+    scaled by √(h/h') and its eps by h/h'. Sizes are absolute (`512`), more (`+4`) or times (`2x`), any of them at once.
     ``where`` chooses by the name of the dimension: `rewrite axes MODEL` prints them.
 
-    Left alone, with the reason: a dimension that cannot change its size, and one whose entries meet each other (in a norm,
-    a softmax), so that new ones would be felt. A size below today's is refused: that is pruning.
+    The forward and the gradients of all old parameters are the same, and the new parameters train. ``init`` says what free
+    entries are: `normal` at the deviation of the weight, `orthogonal`, `zero` (zeros and ones: a partial identity),
+    `hadamard`, or `copy` of the units there are.
 
-    Source: Gesmundo and Maile, Composable Function-preserving Expansions for Transformer Architectures, 2023.
+    Refused where every place has an obstacle, by name: a dimension that cannot change, or whose entries meet each other in
+    a norm or a softmax; head_dim under rotary embeddings or QK-norm; hidden under LayerNorm (run `rmsnorm` first) or where
+    it is the model's output; heads that are no multiple of the group; a size below today's. Other places are left alone.
+
+    Source: Gesmundo and Maile, Composable Function-preserving Expansions for Transformer Architectures, 2023
+    (arXiv 2308.06103); the paper leaves eps as it is.
     """
 
     name = "expand"
     ffn: str = option("", "size of the FFNs: 512, +64 or 2x")
-    heads: str = option("", "number of heads (of groups, where queries are grouped): 16, +4 or 2x")
+    heads: str = option("", "number of query heads: 16, +4 or 2x")
+    head_dim: str = option("", "size of a head's queries and keys")
+    value_dim: str = option("", "size of a head's values")
+    hidden: str = option("", "size of the stream")
+    init: Init = option("normal", "what free entries are: normal, zero, orthogonal, hadamard or copy")
     where: Selector = option(Selector("*"), "dimensions to grow, by name: path glob, type:, re:, !, several with |")
 
     def __post_init__(self) -> None:
-        for name, text in (("ffn", self.ffn), ("heads", self.heads)):
-            if text and not _SIZE.fullmatch(text):
-                raise RewriteError(f"expand{{{name}={text}}}: a size is a number (512), more (+64) or times (2x)")
+        super().__post_init__()
+        for kind in KINDS:
+            if getattr(self, kind):
+                check_size(getattr(self, kind), f"expand: {kind}")
 
     def contract(self) -> Contract:
         return Contract(forward=SAME, backward=SAME)
 
     def run(self, program: Program, context: Context) -> None:
         table = analyze(program)
-        sites = []
-        for kind, names in (("ffn", ("ffn",)), ("heads", ("heads", "kv_heads"))):
-            text = getattr(self, kind)
-            named = [(n, d) for n, d in table.named.items() if text and n.split(".")[0] in names]
-            for name, dim in named:
-                if (reason := _obstacle(dim)) is not None:
-                    context.skip(name, reason)
-                elif (more := _grown(text, name, dim.size) - dim.size) > 0:
-                    sites.append(Site(name, (kind,), dim, more))
-        chosen = {s.dim: [*range(s.dim.size), *[-1] * s.more] for s in context.choose(sites, self.where)}
-        if chosen:
-            generator = torch.Generator().manual_seed(context.seed)
-            resize(context.edit, table, chosen, partial(_filled, generator))
+        sites = [site for kind in KINDS if getattr(self, kind) for site in self._sites(kind, program, table, context)]
+        chosen = context.choose(sites, self.where)
+        growths = [(s.types[0], growth_of(program, table, s.types[0], s.dim, s.size)) for s in chosen]
+        for kind, growth in growths:
+            prepare(context.edit, table, kind, growth)
+        if growths:
+            grow(context.edit, table, [g for _, g in growths], self.init, torch.Generator().manual_seed(context.seed))
 
+    def _sites(self, kind: str, program: Program, table: Table, context: Context) -> Iterator[Site]:
+        """The dimensions of a kind that can grow; raises RewriteError where there are some and none can."""
+        named = dict(of_kind(table, kind))
+        if kind == "value_dim" and not named and any(of_kind(table, "head_dim")):
+            raise RewriteError("expand: keys and values have one size in this model: head_dim grows both")
+        reasons = {name: obstacle(program, table, kind, name, dim) for name, dim in named.items()}
+        if named and all(reasons.values()):
+            name, reason = next(iter(reasons.items()))
+            raise RewriteError(f"expand: {kind} cannot grow ({name}): {reason}")
+        for name, dim in named.items():
+            if reasons[name]:
+                context.skip(name, reasons[name])
+                continue
+            size = self._size(kind, name, dim.size, group_of(table, name))
+            if size > dim.size:
+                yield Site(name, (kind,), dim, size)
 
-def _obstacle(dim: Dim) -> str | None:
-    if dim.rigid:
-        return dim.rigid
-    meeting = sorted(dim.uses - _FREE)
-    return f"its entries meet in {', '.join(meeting)}: new ones would be felt" if meeting else None
-
-
-def _grown(text: str, name: str, size: int) -> int:
-    """The new size. Raises RewriteError for one that is smaller, or no whole number."""
-    found = _SIZE.fullmatch(text)
-    assert found is not None
-    times, more, absolute = found["times"], found["more"], found["size"]
-    wanted = float(times) * size if times else float(size + int(more) if more else int(absolute))
-    if wanted != math.floor(wanted):
-        raise RewriteError(f"{text} of {name}, which is {size}, is no whole number")
-    if wanted < size:
-        raise RewriteError(f"{name} is {size} and would be {wanted:g}: expand grows; to shrink it is pruning")
-    return int(wanted)
-
-
-def _filled(
-    generator: torch.Generator, path: str, tensor: torch.Tensor, places: Sequence[Place], shape: tuple[int, ...]
-) -> torch.Tensor | None:
-    """New entries: 0 where they are read, drawn where they are written, those of the first unit where they go along."""
-    roles = {place.axis: place.role for place in places if place.role != "value"}
-    grown = [axis for axis, size in enumerate(shape) if size != tensor.shape[axis]]
-    if not tensor.is_floating_point() or any(roles.get(axis) == "in" for axis in grown):
-        return None
-    if any(roles.get(axis) == "out" for axis in grown):
-        deviation = float(tensor.detach().double().std()) if tensor.numel() > 1 and not tensor.is_meta else 1.0
-        return (deviation * torch.randn(shape, generator=generator, dtype=torch.float64)).to(tensor)
-    for axis in grown:
-        tensor = torch.cat([tensor, *[tensor.narrow(axis, 0, 1)] * (shape[axis] - tensor.shape[axis])], axis)
-    return tensor
+    def _size(self, kind: str, name: str, size: int, group: int) -> int:
+        """The new size; for heads in groups their number is given in query heads."""
+        wanted = grown(getattr(self, kind), name, size * group)
+        if wanted % group:
+            near = wanted + group - wanted % group
+            raise RewriteError(
+                f"expand: {wanted} heads ({name}) are no whole groups of {group}, which share keys: {near} are"
+            )
+        return wanted // group

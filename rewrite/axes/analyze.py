@@ -27,7 +27,7 @@ from . import images, moves, products, tables  # noqa: F401, each registers its 
 from .call import Axes, Call, Notes, parameters_of
 from .dims import Dim
 from .layers import rule_of
-from .operators import by_operator
+from .operators import by_operator, is_added
 from .table import Table, tabulated
 
 
@@ -56,6 +56,7 @@ class Walk:
     """Visits the nodes of a graph in order; ``known`` has the dimensions of each value.
 
     ``region`` is the path of the region whose graph it is, "" for the program's own, None where numbers cannot be edited.
+    ``in_norm``: what is reduced there is what a norm normalizes.
     """
 
     def __init__(self, module: nn.Module, notes: Notes, region: str | None = "") -> None:
@@ -64,6 +65,7 @@ class Walk:
         self.known: dict[Node, Any] = {}
         self.region = region
         self.values: dict[Node, Any] = {}
+        self.in_norm = False
 
     def axes(self, value: Any) -> Axes:
         """Every dimension of a value."""
@@ -86,6 +88,7 @@ class Walk:
 
     def _operator(self, node: Node) -> Any:
         call = Call(node, call_arguments(node), self.known, self.notes, self.module, self.region, self.values.get(node))
+        call.in_norm = self.in_norm
         return _checked(call, lambda: by_operator(call))
 
     def _layer(self, node: Node) -> Any:
@@ -100,6 +103,7 @@ class Walk:
             found = []
             for graph in layer.graphs.values():
                 walk = Walk(layer, self.notes, path)
+                walk.in_norm = isinstance(layer, SpelledNorm)
                 walk.values = _inferred(layer, graph, [v.meta.get("val") if isinstance(v, Node) else v for v in node.args])
                 found.append(self._within(walk, graph, given))
             if isinstance(layer, SpelledNorm):
@@ -121,9 +125,9 @@ class Walk:
         places = [n for n in graph.nodes if n.op == "placeholder"]
         walk.known.update((place, axes) for place, axes in zip(places, given, strict=False) if axes is not None)
         walk.run(graph)
-        for tensor in tensors:
+        for place, tensor in zip(places, tensors, strict=False):
             for axis in range(tensor.dim()):
-                self.notes.place(tensor, axis, "elementwise")
+                self.notes.place(tensor, axis, "added" if is_added(place) else "elementwise")
         return pytree.tree_map(lambda v: walk.known.get(v) if isinstance(v, Node) else v, graph.output_node().args[0])
 
 

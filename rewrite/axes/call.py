@@ -51,6 +51,16 @@ class Place:
     dim: Dim
 
 
+@dataclass(frozen=True)
+class Score:
+    """A product of two values along a dimension, as that of attention's queries and keys, in the program's own graph."""
+
+    node: Node
+    query: Node
+    key: Node
+    dim: Dim
+
+
 @dataclass
 class Notes:
     """What the walk over a program gathers."""
@@ -58,6 +68,7 @@ class Notes:
     literals: list[Literal] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
     unknown: dict[str, None] = field(default_factory=dict)
     tensors: dict[int, Axes] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -97,6 +108,7 @@ class Call:
         self.notes = notes
         self.module = module
         self.region = region
+        self.in_norm = False
 
     # ---- what is there
 

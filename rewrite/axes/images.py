@@ -19,7 +19,7 @@ def _layer_norm(call: Call) -> Any:
         for name in ("weight", "bias"):
             if call.has(name):
                 call.unify(dim, call.axes(name)[place])
-                roles(call, name, {place: "elementwise"})
+                roles(call, name, {place: "added" if name == "bias" else "elementwise"})
     if call.gives_several:
         return [own, *([*own[: -len(shape)], *[Dim(1) for _ in shape]] for _ in call.all_sizes[1:])]
     return own
@@ -31,7 +31,7 @@ def _batch_norm(call: Call) -> Any:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call.has(name):
             call.unify(own[1], call.axes(name)[0])
-            roles(call, name, {0: "elementwise"})
+            roles(call, name, {0: "elementwise" if name in ("weight", "running_var") else "added"})
     if call.named.get("training", call.named.get("use_input_stats")):
         for i, dim in enumerate(own):
             if i != 1:
@@ -48,7 +48,7 @@ def _group_norm(call: Call) -> Any:
     for name in ("weight", "bias"):
         if call.has(name):
             call.unify(own[1], call.axes(name)[0])
-            roles(call, name, {0: "elementwise"})
+            roles(call, name, {0: "added" if name == "bias" else "elementwise"})
     return own
 
 

@@ -90,14 +90,16 @@ def _norm(call: Call, layer: Any, path: str) -> Axes:
     over = [own[axis]] if axis != -1 else own[len(own) - len(layer.normalized_shape) :]
     for i, dim in enumerate(over):
         dim.use("norm")
-        _vector(call, layer, "weight bias", dim, "elementwise", i)
+        _vector(call, layer, "weight", dim, "elementwise", i)
+        _vector(call, layer, "bias", dim, "added", i)
     return own
 
 
 @layer_rule(_BatchNorm)
 def _batch_norm(call: Call, layer: Any, path: str) -> Axes:
     own = _given(call)
-    _vector(call, layer, "weight bias running_mean running_var", own[1], "elementwise")
+    _vector(call, layer, "weight running_var", own[1], "elementwise")
+    _vector(call, layer, "bias running_mean", own[1], "added")
     return own
 
 
@@ -107,7 +109,8 @@ def _group_norm(call: Call, layer: Any, path: str) -> Axes:
     groups, within = call.split(own[1], layer.num_groups)
     within.use("norm")
     call.attribute(path, "num_groups", groups)
-    _vector(call, layer, "weight bias", own[1], "elementwise")
+    _vector(call, layer, "weight", own[1], "elementwise")
+    _vector(call, layer, "bias", own[1], "added")
     return own
 
 

@@ -61,6 +61,12 @@ nan_to_num lerp view_as_real conj resolve_conj resolve_neg expand_as cumsum cump
 requires_grad_ detach_ normal_ uniform_ hardtanh softplus isnan isinf isfinite real imag
 """
 _ELEMENTWISE = frozenset(_NAMES.split())
+_SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
+
+
+def is_added(node: Node) -> bool:
+    """Whether a value is added to others, as a bias is, or a table of positions."""
+    return any(packet(user) in _SUMS for user in node.users)
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -74,11 +80,12 @@ def elementwise(call: Call) -> Any:
     """Every axis is one with those that it is broadcast against."""
     given = [axes for _, axes in call.tensors()]
     found = call.broadcast(given, call.sizes)
+    role = "added" if packet(call.node) in _SUMS else "elementwise"
     for node, axes in call.tensors():
         tensor = call.tensor_of(node)
         if tensor is not None:
             for axis in range(len(axes)):
-                call.role(tensor, axis, "elementwise")
+                call.role(tensor, axis, role)
     parts = [found if sizes == call.sizes else call.broadcast(given, sizes) for sizes in call.all_sizes]
     return parts if call.gives_several else found
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from rewrite.analysis.carry import is_constant
 
-from .call import Axes, Call
+from .call import Axes, Call, Score
 from .dims import Dim
 from .operators import elementwise, roles, rule
 
@@ -22,7 +22,7 @@ def _reduced(call: Call) -> Any:
     axes = range(len(own)) if along is None or along == [] else along if isinstance(along, list | tuple) else [along]
     gone = {int(a) % max(len(own), 1) for a in axes}
     for axis in gone:
-        own[axis].use("reduce")
+        own[axis].use("norm" if call.in_norm else "reduce")
     if call.named.get("keepdim"):
         found = [Dim(1) if i in gone else dim for i, dim in enumerate(own)]
     else:
@@ -86,6 +86,14 @@ def contract(call: Call, a: Dim, b: Dim, *sources: Any) -> None:
     call.unify(a, b)
     weighted = any(isinstance(source, Node) and is_constant(source) for source in sources)
     a.use("in" if weighted else "score")
+    if not weighted:
+        _score(call, sources[0], sources[1], a)
+
+
+def _score(call: Call, query: Any, key: Any, dim: Dim) -> None:
+    """Note a product of two values in the program's own graph."""
+    if call.region == "" and isinstance(query, Node) and isinstance(key, Node):
+        call.notes.scores.append(Score(call.node, query, key, dim))
 
 
 @rule("einsum")
@@ -104,6 +112,8 @@ def _einsum(call: Call) -> Axes:
     for letter, dim in known.items():
         if letter not in right:
             dim.use("in" if weighted else "score")
+            if not weighted and len(given) == 2:
+                _score(call, call.named["tensors"][0], call.named["tensors"][1], dim)
     for term, node in zip(terms, call.named["tensors"], strict=True):
         tensor = call.tensor_of(node)
         if tensor is not None:
@@ -122,6 +132,7 @@ def attended(call: Call, query: Any, key: Any, value: Any, mask: Any = None) -> 
     q, k, v = (call.axes(node) for node in (query, key, value))
     call.unify(q[-1], k[-1])
     q[-1].use("score")
+    _score(call, query, key, q[-1])
     call.unify(k[-2], v[-2])
     k[-2].use("softmax")
     for i in range(len(q) - 2):

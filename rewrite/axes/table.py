@@ -14,7 +14,7 @@ from rewrite.analysis.branches import Branch, branches
 from rewrite.analysis.streams import Stream, streams
 from rewrite.graph.program import Program
 
-from .call import Attribute, Literal, Notes, Place
+from .call import Attribute, Literal, Notes, Place, Score
 from .dims import Dim, written
 
 
@@ -24,7 +24,7 @@ class Table:
 
     ``named`` are the atoms that reach a parameter, by name; ``places`` the axes of parameters and buffers, ``literals``
     and ``attributes`` the numbers that say a size; ``values`` the dimensions of each node's value. ``unknown`` are the
-    operators and layers that no rule is known for.
+    operators and layers that no rule is known for, ``scores`` the products of queries and keys.
     """
 
     named: Mapping[str, Dim]
@@ -33,6 +33,7 @@ class Table:
     attributes: tuple[Attribute, ...]
     values: Mapping[Node, Any]
     unknown: tuple[str, ...]
+    scores: tuple[Score, ...] = ()
 
     def __post_init__(self) -> None:
         names = {dim: name for name, dim in self.named.items() if not (dim.rigid and name.startswith("dim."))}
@@ -88,7 +89,9 @@ def tabulated(program: Program, notes: Notes, values: Mapping[Node, Any]) -> Tab
     for dim in sorted(names, key=order.__getitem__):
         found[_free(names[dim], found)] = dim
     places = tuple(dict.fromkeys(notes.places))
-    return Table(found, places, tuple(notes.literals), tuple(notes.attributes), values, tuple(notes.unknown))
+    return Table(
+        found, places, tuple(notes.literals), tuple(notes.attributes), values, tuple(notes.unknown), tuple(notes.scores)
+    )
 
 
 def _free(name: str, taken: Mapping[str, Dim]) -> str:

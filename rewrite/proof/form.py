@@ -149,7 +149,11 @@ class SeededDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = (kwargs or {}).get("generator") is not None
-        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and not own:
+        if (
+            torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+            and not own
+            and not _drops_nothing(func, args, kwargs)
+        ):
             torch.manual_seed(self.seed * 1_000_003 + self.count)
             self.count += 1
             found = func(*args, **(kwargs or {}))
@@ -158,6 +162,16 @@ class SeededDraws(TorchDispatchMode):
             self.drawn.append((str(func), rate, 0 if first is None else first.numel()))
             return found
         return func(*args, **(kwargs or {}))
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator drops with a rate of 0: which attention kernel runs, and so whether one draws, sizes decide."""
+    arguments = getattr(getattr(func, "_schema", None), "arguments", ())
+    place = next((i for i, argument in enumerate(arguments) if argument.name == "dropout_p"), None)
+    if place is None:
+        return False
+    given = args[place] if place < len(args) else kwargs.get("dropout_p", arguments[place].default_value)
+    return not given
 
 
 @dataclass(frozen=True)

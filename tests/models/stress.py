@@ -1473,6 +1473,36 @@ class LayerNormByHand(nn.Module):
         return self.last(self.first(x).permute(0, 2, 3, 1))
 
 
+class _DecoderLayer(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.RMSNorm(dim, 1e-5), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.ffn_norm, self.up, self.down = nn.RMSNorm(dim, 1e-5), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
+
+
+@stress(tokens)
+class PreNormDecoder(nn.Module):
+    """A language model whose every dimension can be another: packed projections, RMSNorm, positions by a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(VOCAB, DIM), nn.Embedding(MAX_LENGTH, DIM)
+        self.layers = nn.ModuleList([_DecoderLayer(DIM), _DecoderLayer(DIM)])
+        self.norm, self.head = nn.RMSNorm(DIM, 1e-5), nn.Linear(DIM, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
 @stress(sequences)
 class LayerNormNearMisses(nn.Module):
     """Looks like layer norm and is none: unbiased deviation, eps added outside the root, the wrong axis."""

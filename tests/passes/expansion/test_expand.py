@@ -2,88 +2,204 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from rewrite import Program, RewriteError, apply, capture
 from tests.passes.table import Row
 
 ROWS = [
-    Row("expand{ffn=2x heads=+2}", "bert", 32, again=32, compiled=True),
+    Row("expand{hidden=+5 ffn=2x heads=+1}", "PreNormDecoder", 27, again=27, compiled=True),
     Row("expand{ffn=2x heads=+2}", "llama", 28, again=28),
-    Row("expand{ffn=+8}", "gpt2", 10, again=10),
+    Row("expand{head_dim=+3}", "gpt2", 10, again=10),
     Row("expand{ffn=2x}", "resnet18", 0),
 ]
+DIM, HEADS = 16, 4
+Norm = Callable[[int], nn.Module]
+EPS: Norm = functools.partial(nn.RMSNorm, eps=0.1)
+
+
+class Attention(nn.Module):
+    """Attention with key heads that ``groups`` query heads share, rotary or normalized queries and keys if asked."""
+
+    def __init__(self, groups: int = 1, rotary: bool = False, normed: bool = False) -> None:
+        super().__init__()
+        self.rotary, self.size, self.groups = rotary, DIM // HEADS, groups
+        self.q, self.out = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.k, self.v = (nn.Linear(DIM, DIM // groups) for _ in range(2))
+        self.normed = nn.RMSNorm(self.size) if normed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k = self.normed(q), self.normed(k)
+        if self.rotary:
+            q, k = (t + torch.cat([-t[..., 2:], t[..., :2]], -1) for t in (q, k))
+        if self.groups > 1:
+            k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """x + down(act(up(norm(x))))."""
+    """x + attention(norm(x)), then x + down(last(gelu(up(norm(x)))))."""
 
-    def __init__(self, last: nn.Module) -> None:
+    def __init__(self, norm: Norm = nn.RMSNorm, last: nn.Module | None = None, **kind: bool | int) -> None:
         super().__init__()
-        self.norm, self.up, self.down, self.last = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6), last
+        self.norm, self.attention, self.norm2 = norm(DIM), Attention(**kind), norm(DIM)
+        self.up, self.last, self.down = nn.Linear(DIM, 8), last or nn.Identity(), nn.Linear(8, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.last(nn.functional.gelu(self.up(self.norm(x)))))
+        x = x + self.attention(self.norm(x))
+        return x + self.down(self.last(F.gelu(self.up(self.norm2(x)))))
 
 
-def block(last: nn.Module | None = None) -> Program:
+class Model(nn.Module):
+    """Words, blocks, a norm, a head (or the words' own table)."""
+
+    def __init__(self, norm: Norm = nn.RMSNorm, tied: bool = False, **kind: bool | int) -> None:
+        super().__init__()
+        self.words, self.norm, self.head = nn.Embedding(11, DIM), norm(DIM), nn.Linear(DIM, 11, bias=False)
+        self.layers = nn.ModuleList([Block(norm, **kind) for _ in range(2)])
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+@functools.cache
+def model(norm: Norm = EPS, tied: bool = False, **kind: int) -> Program:
+    """A captured model; its weights are away from 0 and 1."""
     torch.manual_seed(0)
-    return capture(Block(last or nn.Identity()), (torch.randn(3, 4, 6),))
+    made = Model(norm, tied, **kind)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return capture(made, (torch.randint(0, 11, (2, 5)),))
 
 
-def test_the_weights_by_hand() -> None:
-    before = block()
-    old = dict(before.module.named_parameters())
-    new = dict(apply(before, "expand{ffn=+3}").module.named_parameters())
+@functools.cache
+def block(last: Callable[[], nn.Module] = nn.Identity) -> Program:
+    torch.manual_seed(0)
+    return capture(Block(nn.LayerNorm, last()), (torch.randn(3, 4, DIM),))
+
+
+def weights(program: Program, text: str) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """All parameters before and after."""
+    return tuple(dict(p.module.named_parameters()) for p in (program, apply(program, text)))  # type: ignore[return-value]
+
+
+def test_an_ffn_by_hand() -> None:
+    old, new = weights(block(), "expand{ffn=+3}")
     assert torch.equal(new["up.weight"][:8], old["up.weight"])
     assert torch.equal(new["down.weight"][:, :8], old["down.weight"])
     assert not new["down.weight"][:, 8:].any()
     assert bool((new["up.weight"][8:] != 0).all())
-    assert torch.equal(new["norm.weight"], old["norm.weight"])
+    assert torch.equal(new["norm2.weight"], old["norm2.weight"])
 
 
-def test_no_new_parameter_stays_untrained_and_no_two_are_equal() -> None:
-    module = apply(block(), "expand{ffn=+3}").module.train()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    x = torch.randn(16, 4, 6)
-    for _ in range(2):
-        optimizer.zero_grad()
-        module(x).square().mean().backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    module(x).square().mean().backward()
-    found = dict(module.named_parameters())
-    for name, rows in (("up.weight", slice(8, None)), ("up.bias", slice(8, None))):
-        gradient = found[name].grad
-        assert gradient is not None
-        assert bool((gradient[rows] != 0).all())
-    units = found["up.weight"][8:]
-    assert torch.pdist(units).min() > 1e-3
+def test_a_stream_by_hand() -> None:
+    old, new = weights(model(), "expand{hidden=27}")
+    ratio = (DIM / 27) ** 0.5
+    assert torch.allclose(new["norm.weight"][:DIM], ratio * old["norm.weight"])
+    assert not new["words.weight"][:, DIM:].any()
+    assert not new["layers.0.down.weight"][DIM:].any()
+    assert bool((new["layers.0.up.weight"][:, DIM:] != 0).all())
+    assert apply(model(), "expand{hidden=27}").module.get_submodule("norm").eps == pytest.approx(0.1 * DIM / 27)
+
+
+def test_longer_keys_by_hand() -> None:
+    old, new = weights(model(), "expand{head_dim=9}")
+    heads = [t.unflatten(0, (HEADS, -1)) for t in (old["layers.0.attention.k.weight"], new["layers.0.attention.k.weight"])]
+    assert torch.allclose(heads[1][:, :4], (9 / 4) ** 0.5 * heads[0])
+    assert not heads[1][:, 4:].any()
+    assert bool((new["layers.0.attention.q.weight"].unflatten(0, (HEADS, -1))[:, 4:] != 0).all())
+
+
+@pytest.mark.parametrize("init", ["normal", "zero", "orthogonal", "hadamard", "copy"])
+def test_no_new_parameter_stays_untrained_and_no_two_units_are_equal(init: str) -> None:
+    """Each parameter, the kept ones too, has a gradient other than 0 after two steps."""
+    text = f"expand{{ffn=2.5x heads=+1 head_dim=+2 value_dim=+1 hidden=30 init={init}}}"
+    module = apply(model(), text).module.train()
+    ids = torch.randint(0, 11, (64, 9), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        module.zero_grad()
+        F.cross_entropy(module(ids).flatten(0, 1), ids.roll(1, 1).flatten()).backward()
+        found = {name: p.grad.clone() for name, p in module.named_parameters()}
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter -= 0.1 * parameter.grad
+    found = {name: g for name, g in found.items() if not name.endswith("k.bias")}  # softmax takes it out
+    for name, gradient in found.items():
+        dead = (gradient == 0).float().mean()
+        assert dead == 0, f"{name}: {float(dead):.2f} of its gradient is 0"
+    for layer in module.layers.children():
+        for unit in (layer.up.weight, layer.attention.q.weight, layer.attention.v.weight, layer.norm.weight.unsqueeze(1)):
+            assert torch.pdist(unit.detach()).min() > 0
 
 
 @pytest.mark.parametrize(("text", "size"), [("12", 12), ("+1", 9), ("1.5x", 12), ("8", 8)])
 def test_sizes(text: str, size: int) -> None:
     found = apply(block(), f"expand{{ffn={text}}}").module.get_parameter("up.weight")
-    assert found.shape == (size, 6)
+    assert found.shape == (size, DIM)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("expand{ffn=4}", "ffn.0 is 8 and would be 4: expand grows"),
-        ("expand{ffn=1.3x}", "no whole number"),
+        ("expand{ffn=1.3x}", "no whole number: 11 is"),
         ("expand{ffn=many}", "a size is a number"),
         ("expand{ffn=2x where=heads.*}", "matches none"),
+        ("expand{hidden=2x}", "the input has this size"),
     ],
 )
-def test_refusals(text: str, words: str) -> None:
+def test_refused_sizes(text: str, words: str) -> None:
     with pytest.raises(RewriteError, match=words):
         apply(block(), text)
 
 
-def test_entries_that_meet_in_a_norm_are_left_alone() -> None:
-    record = apply(block(nn.LayerNorm(8)), "expand{ffn=2x}").history[-1]
-    assert record.changes == ()
-    assert "meet in norm" in record.skipped[0].reason
+REFUSED: list[tuple[str, dict[str, object], str]] = [
+    ("expand{hidden=2x}", {"norm": nn.LayerNorm}, "LayerNorm at layers.0.norm .* run rmsnorm first, or use method=lemon"),
+    ("expand{head_dim=2x}", {"rotary": True}, "rotary embeddings .* grow value_dim or heads"),
+    ("expand{head_dim=2x}", {"normed": True}, "QK-norm.* grow value_dim or heads"),
+    ("expand{heads=5}", {"groups": 2}, "no whole groups of 2, which share keys: 6 are"),
+]
+
+
+@pytest.mark.parametrize(("text", "kind", "words"), REFUSED)
+def test_refusals(text: str, kind: dict[str, int], words: str) -> None:
+    with pytest.raises(RewriteError, match=words):
+        apply(model(**kind), text)
+
+
+def test_a_stream_that_something_rigid_holds_is_named() -> None:
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = y + self.norm(y) * torch.arange(6)
+            return self.last(self.norm(y) + y)
+
+    with pytest.raises(RewriteError, match=r"hidden cannot grow .*order"):
+        apply(Numbered(), "expand{hidden=+1}", (torch.randn(3, 5, 4),))
+
+
+def test_a_tied_head_stays_tied() -> None:
+    module = apply(model(tied=True), "expand{hidden=+4}").module
+    assert module.get_parameter("head.weight") is module.get_parameter("words.weight")
+
+
+def test_entries_that_meet_in_a_norm_are_named() -> None:
+    with pytest.raises(RewriteError, match=r"ffn cannot grow .*meet in norm"):
+        apply(block(functools.partial(nn.LayerNorm, 8)), "expand{ffn=2x}")
