@@ -1,10 +1,11 @@
-"""A larger model that computes the same: wider FFNs, more and larger heads, a wider stream."""
+"""A larger model that computes the same: wider FFNs, more and larger heads, a wider stream, more layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,23 +14,26 @@ from rewrite.axes.fills import Init
 from rewrite.axes.growth import grow
 from rewrite.axes.kinds import KINDS, group_of, growth_of, obstacle, of_kind, prepare
 from rewrite.errors import RewriteError
+from rewrite.pipeline.deepening import Where, deepen, stacks
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.pipeline.sizes import check_size, grown
 from rewrite.proof.contract import SAME, Contract
 
 if TYPE_CHECKING:
-    from rewrite.axes.dims import Dim
     from rewrite.axes.table import Table
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
 
 
 class Site(NamedTuple):
+    """A dimension with its new size, or a list of blocks with how many more there are to be; or why it stays."""
+
     path: str
     types: tuple[str, ...]
-    dim: Dim
+    what: Any
     size: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,12 @@ class Expand(Pass):
     groups), ``value_dim`` longer values: what writes the new units is free, what reads them is 0. ``head_dim`` gives longer
     queries and keys, free in the queries and 0 in the keys, which are scaled by √(k'/k) where attention divides by √k'.
     ``hidden`` widens the stream: what writes to it is 0 in the new units, what reads them is free, each RMSNorm's gain is
-    scaled by √(h/h') and its eps by h/h'. Sizes are absolute (`512`), more (`+4`) or times (`2x`), any of them at once.
-    ``where`` chooses by the name of the dimension: `rewrite axes MODEL` prints them.
+    scaled by √(h/h') and its eps by h/h'. ``layers`` puts blocks between the blocks, which add 0 to the stream at first: the
+    projections that write to it are 0, or the gain of the norm that ends them; ``at=copy`` copies the other weights from the
+    block before (LLaMA-Pro). Blocks are numbered anew, in order.
+
+    Sizes are absolute (`512`), more (`+4`) or times (`2x`), any of them at once. ``where`` chooses by the name of the
+    dimension, which `rewrite axes MODEL` prints, and layers by the path of their list.
 
     The forward and the gradients of all old parameters are the same, and the new parameters train. ``init`` says what free
     entries are: `normal` at the deviation of the weight, `orthogonal`, `zero` (zeros and ones: a partial identity),
@@ -49,10 +57,11 @@ class Expand(Pass):
 
     Refused where every place has an obstacle, by name: a dimension that cannot change, or whose entries meet each other in
     a norm or a softmax; head_dim under rotary embeddings or QK-norm; hidden under LayerNorm (run `rmsnorm` first) or where
-    it is the model's output; heads that are no multiple of the group; a size below today's. Other places are left alone.
+    it is the model's output; heads that are no multiple of the group; layers of Post-LN models; a size below today's. Other
+    places are left alone.
 
     Source: Gesmundo and Maile, Composable Function-preserving Expansions for Transformer Architectures, 2023
-    (arXiv 2308.06103); the paper leaves eps as it is.
+    (arXiv 2308.06103), which leaves eps as it is; Wu et al., LLaMA Pro, ACL 2024.
     """
 
     name = "expand"
@@ -61,30 +70,70 @@ class Expand(Pass):
     head_dim: str = option("", "size of a head's queries and keys")
     value_dim: str = option("", "size of a head's values")
     hidden: str = option("", "size of the stream")
+    layers: str = option("", "number of blocks in each list of them")
+    at: Where = option("even", "where new blocks go: even, end, or copy (even, with the weights of the block before)")
     init: Init = option("normal", "what free entries are: normal, zero, orthogonal, hadamard or copy")
     where: Selector = option(Selector("*"), "dimensions to grow, by name: path glob, type:, re:, !, several with |")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for kind in KINDS:
+        for kind in (*KINDS, "layers"):
             if getattr(self, kind):
                 check_size(getattr(self, kind), f"expand: {kind}")
 
     def contract(self) -> Contract:
         return Contract(forward=SAME, backward=SAME)
 
+    def steps(self, program: Program, context: Context) -> Sequence[Pass]:
+        """Wider first, then deeper: each is proven by itself."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = [_Wider(**{**options, "layers": ""}), _Deeper(**{**options, **dict.fromkeys(KINDS, "")})]
+        sites = [part.sites(program) for part in parts]
+        chosen = [any(self.where.matches(s.path, s.types) and not s.reason for s in own) for own in sites]
+        if not any(chosen):
+            context.choose([s for own in sites for s in own if not s.reason], self.where)
+        return [part for part, own, wanted in zip(parts, sites, chosen, strict=True) if wanted or any(s.reason for s in own)]
+
+
+@dataclass(frozen=True)
+class _Part(Expand):
+    """A part of it, run and proven by itself."""
+
+    steps = Pass.steps
+
+    def sites(self, program: Program) -> list[Site]:
+        """The places that there are, with those that cannot grow."""
+        raise NotImplementedError
+
+    def chosen(self, program: Program, context: Context) -> list[Site]:
+        """The places that are to grow; the others are noted."""
+        sites = self.sites(program)
+        for site in sites:
+            if site.reason:
+                context.skip(site.path, site.reason)
+        return context.choose([site for site in sites if not site.reason], self.where)
+
+
+@dataclass(frozen=True)
+class _Wider(_Part):
+    """All but layers."""
+
     def run(self, program: Program, context: Context) -> None:
         table = analyze(program)
-        sites = [site for kind in KINDS if getattr(self, kind) for site in self._sites(kind, program, table, context)]
-        chosen = context.choose(sites, self.where)
-        growths = [(s.types[0], growth_of(program, table, s.types[0], s.dim, s.size)) for s in chosen]
+        chosen = self.chosen(program, context)
+        growths = [(s.types[0], growth_of(program, table, s.types[0], table.named[s.path], s.size)) for s in chosen]
         for kind, growth in growths:
             prepare(context.edit, table, kind, growth)
         if growths:
             grow(context.edit, table, [g for _, g in growths], self.init, torch.Generator().manual_seed(context.seed))
 
-    def _sites(self, kind: str, program: Program, table: Table, context: Context) -> Iterator[Site]:
-        """The dimensions of a kind that can grow; raises RewriteError where there are some and none can."""
+    def sites(self, program: Program) -> list[Site]:
+        kinds = [kind for kind in KINDS if getattr(self, kind)]
+        table = analyze(program) if kinds else None
+        return [site for kind in kinds if table is not None for site in self._of(kind, program, table)]
+
+    def _of(self, kind: str, program: Program, table: Table) -> list[Site]:
+        """The dimensions of a kind; raises RewriteError where there are some and none can grow."""
         named = dict(of_kind(table, kind))
         if kind == "value_dim" and not named and any(of_kind(table, "head_dim")):
             raise RewriteError("expand: keys and values have one size in this model: head_dim grows both")
@@ -92,20 +141,35 @@ class Expand(Pass):
         if named and all(reasons.values()):
             name, reason = next(iter(reasons.items()))
             raise RewriteError(f"expand: {kind} cannot grow ({name}): {reason}")
+        sites = []
         for name, dim in named.items():
-            if reasons[name]:
-                context.skip(name, reasons[name])
-                continue
-            size = self._size(kind, name, dim.size, group_of(table, name))
-            if size > dim.size:
-                yield Site(name, (kind,), dim, size)
+            size = dim.size if reasons[name] else self._size(kind, name, dim.size, group_of(table, name))
+            if size > dim.size or reasons[name]:
+                sites.append(Site(name, (kind,), dim, size, reasons[name]))
+        return sites
 
     def _size(self, kind: str, name: str, size: int, group: int) -> int:
         """The new size; for heads in groups their number is given in query heads."""
-        wanted = grown(getattr(self, kind), name, size * group)
+        wanted = grown(getattr(self, kind), name, size * group, "slice" if kind == "ffn" else "random-prune")
         if wanted % group:
             near = wanted + group - wanted % group
-            raise RewriteError(
-                f"expand: {wanted} heads ({name}) are no whole groups of {group}, which share keys: {near} are"
-            )
+            raise RewriteError(f"expand: {wanted} heads ({name}) are no whole groups of {group} that share keys: {near} are")
         return wanted // group
+
+
+@dataclass(frozen=True)
+class _Deeper(_Part):
+    """Layers alone."""
+
+    def run(self, program: Program, context: Context) -> None:
+        chosen = self.chosen(program, context)
+        if chosen:
+            deepen(context.edit, [(site.what, site.size) for site in chosen], self.at, self.init, context.seed)
+
+    def sites(self, program: Program) -> list[Site]:
+        """The lists of blocks; raises RewriteError where there are some and none can have more."""
+        found = stacks(program) if self.layers else []
+        if found and all(stack.obstacle for stack in found):
+            raise RewriteError(f"expand: {found[0].path} can get no more layers: {found[0].obstacle}")
+        more = [grown(self.layers, s.path, len(s.blocks), "drop-blocks") - len(s.blocks) for s in found]
+        return [Site(s.path, s.types, s, n, s.obstacle) for s, n in zip(found, more, strict=True) if n]

@@ -34,8 +34,9 @@ class Branch:
 
     ``output`` enters the stream as ``writer``, behind its ``scale`` (a LayerScale's product, a gain) and before its
     dropouts; ``carriers`` lead from there to the addition. ``other`` is what the branch is added to. ``layer`` counts the
-    blocks of the model, from 0. ``norms`` are those at its start, ``end_norms`` at its end, ``stream_norms`` those that read
-    the sum. ``parallel``: another branch starts at the same values. ``leaks`` are nodes outside that read a
+    blocks of the model, from 0; ``block`` is the path of the branch's own one, "" outside of any. ``norms`` are those at its
+    start, ``end_norms`` at its end, ``stream_norms`` those that read the sum. ``parallel``: another branch starts at the
+    same values. ``leaks`` are nodes outside that read a
     value of its own, from its first projection on.
     """
 
@@ -59,6 +60,7 @@ class Branch:
     dropouts: tuple[tuple[Node, float], ...]
     parts: Parts
     leaks: tuple[Node, ...]
+    block: str = ""
 
 
 def branches(program: Program, found: Sequence[Stream] | None = None) -> list[Branch]:
@@ -68,8 +70,12 @@ def branches(program: Program, found: Sequence[Stream] | None = None) -> list[Br
     every.sort(key=lambda b: walk.order[b.addition])
     starts = [frozenset(b.starts) for b in every]
     count = Counter(starts)
-    numbers = _numbered([b.path for b in every], [b.kind for b in every])
-    return [replace(b, layer=n, parallel=count[s] > 1) for b, n, s in zip(every, numbers, starts, strict=True)]
+    blocks = _blocks([b.path for b in every], [b.kind for b in every])
+    numbers = {block: n for n, block in enumerate(dict.fromkeys(blocks))}
+    return [
+        replace(b, layer=numbers[block], block=block, parallel=count[s] > 1)
+        for b, block, s in zip(every, blocks, starts, strict=True)
+    ]
 
 
 class _Walk:
@@ -233,17 +239,16 @@ def _path(parts: Parts, output: Node) -> str:
     return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, level))
 
 
-def _numbered(paths: Sequence[str], kinds: Sequence[Kind]) -> list[int]:
-    """The number of each branch's block. A block is the innermost numbered module that a branch shares with one of another
-    kind right before or behind it; where it shares none, the innermost numbered one that it lies in."""
+def _blocks(paths: Sequence[str], kinds: Sequence[Kind]) -> list[str]:
+    """The path of each branch's block, "" outside of any. A block is the innermost numbered module that a branch shares
+    with one of another kind right before or behind it; where it shares none, the innermost numbered one that it lies in."""
     blocks = []
     for i, path in enumerate(paths):
         own = _prefixes(path)
         near = [_prefixes(paths[j]) for j in (i - 1, i + 1) if 0 <= j < len(paths) and kinds[j] != kinds[i]]
         shared = [p for p in own if any(p in n for n in near)]
-        blocks.append((shared or own)[-1] if own else ())
-    numbers = {block: n for n, block in enumerate(dict.fromkeys(blocks))}
-    return [numbers[block] for block in blocks]
+        blocks.append(".".join((shared or own)[-1]) if own else "")
+    return blocks
 
 
 def _prefixes(path: str) -> list[tuple[str, ...]]:

@@ -21,11 +21,13 @@ from rewrite.torch_private import pytree
 
 from . import meta
 from .fakes import fake_value
-from .maps import Compute, ParameterMap
+from .maps import Compute, Constant, ParameterMap
 from .module_calls import ModuleCall, module_calls
 from .nodes import attribute, call_arguments, gives_kind_alone, is_pure, leaves, module_stack, set_argument
 from .program import Container, Program
 from .properties import thawed
+from .renumber import renumber
+from .repeat import repeat, span
 from .sizes import followed
 from .tree import Places, names_of_tensors
 
@@ -43,6 +45,7 @@ Kind = Literal[
     "sweep",
     "untie",
     "move",
+    "renumber",
 ]
 
 
@@ -51,7 +54,8 @@ class Change:
     """One change of a program: what was done, to which node and path, and the layer that stood there before.
 
     ``nodes`` are the names of all nodes that it touched: the calls of a replaced layer, the users that were rewired.
-    ``map`` says how a parameter that was set follows from those before the pass.
+    ``map`` says how a parameter that was set follows from those before the pass. ``names`` maps the paths of modules that
+    were renumbered to their new ones, in which all other changes speak.
     """
 
     kind: Kind
@@ -62,6 +66,7 @@ class Change:
     new: nn.Module | None = None
     nodes: tuple[str, ...] = ()
     map: ParameterMap | None = None
+    names: tuple[tuple[str, str], ...] = ()
 
 
 class Editor:
@@ -78,6 +83,7 @@ class Editor:
         self._maps: dict[str, ParameterMap] = {}
         self._readers: dict[Node, None] = {}
         self._gone: dict[str, None] = {}
+        self._came: set[str] = set()
         self._reshaped: set[Node] = set()
         self._seen = 0
         self._edited: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
@@ -285,6 +291,45 @@ class Editor:
         yield from self.program.module.named_parameters(remove_duplicate=False)
         yield from self.program.module.named_buffers(remove_duplicate=False)
 
+    def renumber(self, names: Mapping[str, str]) -> None:
+        """Give modules of lists other numbers, so that new ones fit in between: old paths to new ones.
+
+        It has to be the first edit of a pass. Raises RewriteError if it is not, and where two would have one name.
+        """
+        if self.changes:
+            raise RewriteError("modules are renumbered before anything else is edited")
+        if not names:
+            return
+        renumber(self.program.module, names)
+        self._places, self._calls = Places(self.program.module), Calls(self.graph)
+        holders = ", ".join(dict.fromkeys(old.rpartition(".")[0] for old in names))
+        words = ", ".join(f"{old} -> {new}" for old, new in names.items())
+        self.changes.append(Change("renumber", holders, "", words, names=tuple(names.items())))
+
+    def repeat(self, path: str, to: str, first: Node, last: Node, after: Node | None = None) -> Node:
+        """Run what leads from the value ``first`` to ``last`` once more behind ``after`` (or ``last``), with a copy at
+        ``to`` of the module at ``path``; the node of its value, which all read that read ``after``.
+
+        Raises RewriteError where ``to`` is not free, or the module shares a tensor with another one.
+        """
+        return repeat(self, path, to, span(first, last, path), first, last, after or last)
+
+    def came(self, made: Node, source: Node) -> None:
+        """Note a node that is a copy of another one."""
+        self._calls.add(made)
+        self._sign(made, [source])
+        path = str(made.target) if made.op == "call_module" else ""
+        self._note("insert", path, made.name, f"a copy of {source.name}", (made.name,))
+
+    def hang(self, holder: nn.Module, name: str, module: nn.Module) -> None:
+        """Put a new module into the tree."""
+        self._places.put(holder, name, module)
+
+    def note_new(self, path: str, layer: nn.Module | None) -> None:
+        """Note a layer, or a tensor of none, that came with a module."""
+        self._came.add(path)
+        self._note("insert" if layer is not None else "set parameter", path, "", "came with a copied module", new=layer)
+
     def move(self, nodes: Collection[Node], detail: str) -> None:
         """Note that the values of some nodes become others on purpose. The proof holds what reads them, and not them."""
         names = tuple(node.name for node in nodes)
@@ -449,7 +494,15 @@ class Editor:
                 self._note("repoint", home, node.name, f"takes dtype and device from {other}", (node.name,))
 
     def _map(self, compute: Compute, sources: Sequence[str]) -> ParameterMap:
-        return ParameterMap(compute, tuple(self._maps.get(source, source) for source in sources))
+        return ParameterMap(compute, tuple(self._origin(source) for source in sources))
+
+    def _origin(self, source: str) -> str | ParameterMap:
+        """What a source was before the pass; what came with a new module was nothing, and is what it is."""
+        parts = source.split(".")
+        came = any(".".join(parts[:i]) in self._came for i in range(1, len(parts) + 1))
+        if source in self._maps or not came:
+            return self._maps.get(source, source)
+        return ParameterMap(Constant(self._tensor(source).detach()), ())
 
     def _tensor(self, path: str) -> torch.Tensor:
         found = attribute(self.program.module, path)

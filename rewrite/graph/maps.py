@@ -30,3 +30,14 @@ class ParameterMap:
         """The tensors before the pass that the value depends on, each once."""
         inner = (s.names if isinstance(s, ParameterMap) else (s,) for s in self.sources)
         return tuple(dict.fromkeys(name for names in inner for name in names))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What a tensor that is new in a pass is before the pass changes it."""
+
+    value: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        """The tensor."""
+        return self.value

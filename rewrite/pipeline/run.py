@@ -21,6 +21,7 @@ from rewrite.graph.copies import uncollected
 from rewrite.graph.edit import Change, Editor
 from rewrite.graph.history import Record, Site, Verification
 from rewrite.graph.program import Program, tensors_of
+from rewrite.graph.renumber import named_anew
 from rewrite.numerics.compare import same_bytes
 from rewrite.numerics.guard import ReadOnly, WrittenInPlaceError, fingerprint
 from rewrite.numerics.probes import light_copy
@@ -109,7 +110,8 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         digest(settings.data),
         measured=tuple(context.measured),
     )
-    result = replace(result, history=(*program.history, record))
+    names = dict(pair for change in context.edit.changes for pair in change.names)
+    result = replace(named_anew(result, names), history=(*program.history, record))
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, settings)
     for parameter, data in own or ():

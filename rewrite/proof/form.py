@@ -253,7 +253,9 @@ class TensorsOf:
             return
         name = self.world.names.get(id(tensor), path)
         made = self.world.maps.get(name)
-        self.memo[id(tensor)] = self._leaf(name, tensor) if made is None else made.evaluate(self._source)
+        self.memo[id(tensor)] = (
+            self._leaf(name, tensor) if made is None else _cast(made.evaluate(self._source), self.setting)
+        )
 
     def _source(self, name: str) -> torch.Tensor:
         origin = self.world.origin

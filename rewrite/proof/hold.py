@@ -60,7 +60,17 @@ class Forms:
             return Gap(problem="an output is an input itself, and something writes into it later")
         if not setting.silent and resized_draws(old, new):
             return replace(self.gap(values, replace(setting, silent=True)), silent=True)
+        if new.draws and not old.draws and self._ignores_draws(old, new, values, setting):
+            new = replace(new, draws=0)
         return gap(old, new, gradients=setting.gradients)
+
+    def _ignores_draws(self, old: Outcome, new: Outcome, values: Values, setting: Setting) -> bool:
+        """Whether what the new form draws changes nothing that the old one has, bit for bit: it is multiplied by zero."""
+        again = _tried(self.new, values, replace(setting, draw=setting.draw + 1))
+        if isinstance(again, Exception):
+            return False
+        pairs = [*zip(new.outputs, again.outputs, strict=True), *((g, again.gradients.get(n)) for n, g in _shared(old, new))]
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def tried(self, trial: Trial, values: Values) -> Gap:
         """The gap that counts in one trial; a part that cannot run alone is refused, never skipped."""
@@ -115,6 +125,11 @@ class Forms:
             return found
         noise = gap(replace(old, inputs=[]), replace(moved, inputs=[]), gradients=setting.gradients)
         return replace(found, outputs=0.0, gradients=0.0, state=0.0) if found.largest <= tolerance((noise,)) else found
+
+
+def _shared(old: Outcome, new: Outcome) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """The new form's gradients of what the old one has too."""
+    yield from ((name, gradient) for name, gradient in new.gradients.items() if name in old.gradients)
 
 
 def _nearby(value: torch.Tensor, draw: int) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rewrite.graph.edit import Change
 from rewrite.graph.history import Check, Verification
 from rewrite.graph.program import Program
+from rewrite.graph.renumber import renumbered
 from rewrite.graph.tree import on_meta
 from rewrite.numerics.probes import perturbed
 
@@ -37,15 +38,17 @@ class Claim:
 def proof_of(claim: Claim) -> Verification:
     """Check everything that the pass promises; nothing of either program is changed."""
     began = time.perf_counter()
-    same = frame(claim.before, claim.after, claim.changes)
-    checks = [*structure(claim.before, claim.after, claim.changes), same]
+    names = dict(pair for change in claim.changes for pair in change.names)
+    before = renumbered(claim.before, names)
+    same = frame(before, claim.after, claim.changes)
+    checks = [*structure(before, claim.after, claim.changes), same]
     if all(check.passed for check in checks):
-        checks += _values(claim)
+        checks += _values(claim, before, names)
     return Verification(tuple(checks), time.perf_counter() - began, claim.seed)
 
 
-def _values(claim: Claim) -> Iterator[Check]:
-    """The checks that run something."""
+def _values(claim: Claim, before: Program, names: Mapping[str, str]) -> Iterator[Check]:
+    """The checks that run something; ``before`` is the program before with modules numbered as they are after."""
     if on_meta(claim.before.module):
         yield Check("values", True, "not checked: the tensors are on the meta device")
         return
@@ -53,15 +56,15 @@ def _values(claim: Claim) -> Iterator[Check]:
         return
     contract = claim.step.contract()
     yield _deterministic(claim)
-    parts = Parts(_rewritten(claim, claim.before, claim.after, claim.changes))
+    parts = Parts(_rewritten(claim, before, claim.after, claim.changes))
     first = list(kept_promises(parts))
     figures = list(reported(parts)) if contract.forward in (CLOSE, NEW) else []
     yield from first
-    yield from properties_held(claim.before, claim.after, contract, claim.seed)
+    yield from properties_held(before, claim.after, contract, claim.seed)
     if all(check.passed for check in first):
         probe = perturbed(claim.before, claim.seed)
         after, changes = claim.rerun(probe)
-        again = Parts(_rewritten(claim, probe, after, changes, probed=False), parts)
+        again = Parts(_rewritten(claim, renumbered(probe, names), after, changes, probed=False), parts)
         yield from kept_promises(again, " with other weights")
     yield from figures
 

@@ -14,9 +14,10 @@ from rewrite import Program, RewriteError, apply, capture
 from tests.passes.table import Row
 
 ROWS = [
-    Row("expand{hidden=+5 ffn=2x heads=+1}", "PreNormDecoder", 27, again=27, compiled=True),
+    Row("expand{hidden=+5 ffn=2x heads=+1}", "PreNormDecoder", 46, again=46, compiled=True),
+    Row("expand{layers=+1}", "PreNormDecoder", 19, again=19),
     Row("expand{ffn=2x heads=+2}", "llama", 28, again=28),
-    Row("expand{head_dim=+3}", "gpt2", 10, again=10),
+    Row("expand{head_dim=+3}", "gpt2", 22, again=22),
     Row("expand{ffn=2x}", "resnet18", 0),
 ]
 DIM, HEADS = 16, 4
@@ -123,24 +124,29 @@ def test_longer_keys_by_hand() -> None:
     assert bool((new["layers.0.attention.q.weight"].unflatten(0, (HEADS, -1))[:, 4:] != 0).all())
 
 
+def trained(program: Program, steps: int) -> dict[str, Tensor]:
+    """The gradients after some steps of training."""
+    module = program.module.train()
+    ids = torch.randint(0, 11, (64, 9), generator=torch.Generator().manual_seed(1))
+    for step in range(steps + 1):
+        module.zero_grad()
+        F.cross_entropy(module(ids).flatten(0, 1), ids.roll(1, 1).flatten()).backward()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter -= 0.1 * parameter.grad if step < steps else 0
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
 @pytest.mark.parametrize("init", ["normal", "zero", "orthogonal", "hadamard", "copy"])
 def test_no_new_parameter_stays_untrained_and_no_two_units_are_equal(init: str) -> None:
     """Each parameter, the kept ones too, has a gradient other than 0 after two steps."""
     text = f"expand{{ffn=2.5x heads=+1 head_dim=+2 value_dim=+1 hidden=30 init={init}}}"
-    module = apply(model(), text).module.train()
-    ids = torch.randint(0, 11, (64, 9), generator=torch.Generator().manual_seed(1))
-    for _ in range(3):
-        module.zero_grad()
-        F.cross_entropy(module(ids).flatten(0, 1), ids.roll(1, 1).flatten()).backward()
-        found = {name: p.grad.clone() for name, p in module.named_parameters()}
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter -= 0.1 * parameter.grad
-    found = {name: g for name, g in found.items() if not name.endswith("k.bias")}  # softmax takes it out
+    grown = apply(model(), text)
+    found = {name: g for name, g in trained(grown, steps=2).items() if not name.endswith("k.bias")}  # softmax takes it out
     for name, gradient in found.items():
         dead = (gradient == 0).float().mean()
         assert dead == 0, f"{name}: {float(dead):.2f} of its gradient is 0"
-    for layer in module.layers.children():
+    for layer in grown.module.layers.children():
         for unit in (layer.up.weight, layer.attention.q.weight, layer.attention.v.weight, layer.norm.weight.unsqueeze(1)):
             assert torch.pdist(unit.detach()).min() > 0
 
@@ -170,7 +176,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("expand{hidden=2x}", {"norm": nn.LayerNorm}, "LayerNorm at layers.0.norm .* run rmsnorm first, or use method=lemon"),
     ("expand{head_dim=2x}", {"rotary": True}, "rotary embeddings .* grow value_dim or heads"),
     ("expand{head_dim=2x}", {"normed": True}, "QK-norm.* grow value_dim or heads"),
-    ("expand{heads=5}", {"groups": 2}, "no whole groups of 2, which share keys: 6 are"),
+    ("expand{heads=5}", {"groups": 2}, "no whole groups of 2 that share keys: 6 are"),
 ]
 
 
@@ -203,3 +209,51 @@ def test_a_tied_head_stays_tied() -> None:
 def test_entries_that_meet_in_a_norm_are_named() -> None:
     with pytest.raises(RewriteError, match=r"ffn cannot grow .*meet in norm"):
         apply(block(functools.partial(nn.LayerNorm, 8)), "expand{ffn=2x}")
+
+
+def names(program: Program) -> list[str]:
+    return list(program.module.state_dict())
+
+
+@pytest.mark.parametrize(("text", "olds"), [("+1", (0, 1)), ("2x", (0, 2)), ("+2 at=end", (0, 1)), ("5 at=copy", (0, 2))])
+def test_layers_are_numbered_in_order(text: str, olds: tuple[int, int]) -> None:
+    """The old blocks keep their bytes under their new numbers; what writes to the stream is 0 in the new ones."""
+    before = model()
+    after = apply(before, f"expand{{layers={text}}}")
+    old, new = before.module.state_dict(), after.module.state_dict()
+    found = list(dict.fromkeys(name.split(".")[1] for name in names(after) if name.startswith("layers.")))
+    assert found == [str(i) for i in range(len(found))]
+    for block, place in enumerate(olds):
+        own = [name for name in old if name.startswith(f"layers.{block}.")]
+        assert all(torch.equal(old[n], new[n.replace(f"layers.{block}.", f"layers.{place}.")]) for n in own)
+    fresh = [i for i in range(len(found)) if i not in olds]
+    assert not any(
+        new[f"layers.{i}.{name}"].any() for i in fresh for name in ("attention.out.weight", "down.weight", "down.bias")
+    )
+    assert all(new[f"layers.{i}.attention.q.weight"].any() for i in fresh)
+    copied = torch.equal(new[f"layers.{fresh[0]}.up.weight"], old["layers.0.up.weight"])
+    assert copied == ("copy" in text)
+
+
+def test_all_six_at_once_train_on() -> None:
+    text = "expand{ffn=2x heads=+1 head_dim=+2 value_dim=+1 hidden=30 layers=+3}"
+    gradients = trained(apply(model(), text), steps=3)
+    assert all(g.abs().max() > 0 for name, g in gradients.items() if not name.endswith("k.bias"))
+
+
+def test_layers_of_post_norm_models_are_refused() -> None:
+    class Post(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(DIM, HEADS, 8, batch_first=True) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](self.layers[0](x)).sum(-1)
+
+    with pytest.raises(RewriteError, match=r"Post-LN: layers.0.norm1 normalizes the stream"):
+        apply(Post(), "expand{layers=+1}", (torch.randn(2, 3, DIM),))
+
+
+def test_fewer_layers_name_the_pass_for_that() -> None:
+    with pytest.raises(RewriteError, match="to shrink it is pruning: drop-blocks"):
+        apply(model(), "expand{layers=1}")
