@@ -112,6 +112,11 @@ class _Fitting:
                 pass  # it is back, or came by an edit itself
             case "rewire" if self._is_settled(site.path):
                 pass
+            case "renumber":
+                raise RewriteError(
+                    f"pass {record.text} put blocks between those of {site.path}: your instance has as many as it had; save "
+                    "the program, to a folder of its own library or as .pt2"
+                )
             case "set literal" if self._follows_a_size(site.path):
                 pass  # the user's code computes it from the attribute
             case _:

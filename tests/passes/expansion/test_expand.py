@@ -15,7 +15,7 @@ from tests.passes.table import Row
 
 ROWS = [
     Row("expand{hidden=+5 ffn=2x heads=+1}", "PreNormDecoder", 46, again=46, compiled=True),
-    Row("expand{layers=+1}", "PreNormDecoder", 19, again=19),
+    Row("expand{layers=+1}", "PreNormDecoder", 28, again=28),
     Row("expand{ffn=2x heads=+2}", "llama", 28, again=28),
     Row("expand{head_dim=+3}", "gpt2", 22, again=22),
     Row("expand{ffn=2x}", "resnet18", 0),
