@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rewrite.pipeline.select import Selector
     from rewrite.proof.between import prove
     from rewrite.proof.contract import CLOSE, ESTIMATE, NEW, SAME, Contract
+    from rewrite.training.carried import expand_state
     from rewrite.training.saved import memory
 
     from .errors import RewriteError
@@ -51,6 +52,7 @@ __all__ = [
     "apply",
     "capture",
     "depth",
+    "expand_state",
     "export_onnx",
     "get_pass",
     "graft",
@@ -84,6 +86,7 @@ _HOMES = {
     "proof.between": ["prove"],
     "proof.contract": ["CLOSE", "ESTIMATE", "NEW", "SAME", "Contract"],
     "surgery": ["transform"],
+    "training.carried": ["expand_state"],
     "training.saved": ["memory"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -34,6 +34,10 @@ class Resized:
     vectors: tuple[tuple[int, tuple[int, ...]], ...]
     new: torch.Tensor | None = None
 
+    def bare(self) -> Resized:
+        """The map with 0 for new entries."""
+        return Resized(self.vectors)
+
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """The new tensor."""
         kept = torch.ones((), dtype=torch.bool, device=tensor.device)

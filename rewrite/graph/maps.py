@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,12 @@ class ParameterMap:
         inner = (s.names if isinstance(s, ParameterMap) else (s,) for s in self.sources)
         return tuple(dict.fromkeys(name for names in inner for name in names))
 
+    def bare(self) -> ParameterMap:
+        """The map without the values of new entries, where its function can do without them: to be kept."""
+        sources = tuple(s.bare() if isinstance(s, ParameterMap) else s for s in self.sources)
+        bare = getattr(self.compute, "bare", None)
+        return ParameterMap(self.compute if bare is None else bare(), sources)
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -41,3 +47,12 @@ class Constant:
     def __call__(self) -> torch.Tensor:
         """The tensor."""
         return self.value
+
+
+@dataclass(frozen=True)
+class Step:
+    """How the parameters after a pass follow from those before it: modules get other names first, then each parameter at a
+    path is what its map gives, or (None) something of its own; all others stay as they are."""
+
+    names: Mapping[str, str]
+    maps: Mapping[str, ParameterMap | None]

@@ -18,6 +18,7 @@ from .copies import copied_children, uncollected
 from .fakes import Fakes
 from .home import Home
 from .interface import Interface, make_forward
+from .maps import Step
 from .nodes import attribute
 from .properties import NONE, Running, checked, executed, under
 
@@ -142,7 +143,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Program:
-    """A captured model. Passes work on a copy of it; nobody changes one in place once it is handed out."""
+    """A captured model. Passes work on a copy of it; nobody changes one in place once it is handed out.
+
+    ``lineage`` is how each pass's parameters follow from those before; it is kept in memory, and not in a file.
+    """
 
     module: LayerGraph
     example_args: tuple[Any, ...]
@@ -151,6 +155,7 @@ class Program:
     opaque: tuple[Opaque, ...]
     origin: Origin
     history: tuple[Record, ...] = ()
+    lineage: tuple[Step, ...] = field(default=(), repr=False)
 
     @property
     def graph(self) -> Graph:

@@ -20,6 +20,7 @@ from rewrite.frontend.capture import capture
 from rewrite.graph.copies import uncollected
 from rewrite.graph.edit import Change, Editor
 from rewrite.graph.history import Record, Site, Verification
+from rewrite.graph.maps import Step
 from rewrite.graph.program import Program, tensors_of
 from rewrite.graph.renumber import named_anew
 from rewrite.numerics.compare import same_bytes
@@ -110,8 +111,9 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         digest(settings.data),
         measured=tuple(context.measured),
     )
-    names = dict(pair for change in context.edit.changes for pair in change.names)
-    result = replace(named_anew(result, names), history=(*program.history, record))
+    done = _step(context.edit.changes)
+    lineage = (*program.lineage, done)
+    result = replace(named_anew(result, done.names), history=(*program.history, record), lineage=lineage)
     if verification is not None and not verification.passed:
         raise VerificationError.of(program, result, step, verification, settings)
     for parameter, data in own or ():
@@ -222,6 +224,13 @@ def digest(data: Any) -> str | None:
 
 def _sites(changes: Sequence[Change]) -> tuple[Site, ...]:
     return tuple(Site(c.path or c.node, c.kind, c.detail) for c in changes)
+
+
+def _step(changes: Sequence[Change]) -> Step:
+    """How parameters follow from those before a pass, by its edits; a path that was set twice by the last of them."""
+    found = {change.path: change.map for change in changes if change.kind in ("set parameter", "untie")}
+    names = dict(pair for change in changes for pair in change.names)
+    return Step(names, {path: None if made is None else made.bare() for path, made in found.items()})
 
 
 def _count(program: Program) -> int:
