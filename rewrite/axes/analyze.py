@@ -139,7 +139,7 @@ def _inferred(layer: nn.Module, graph: Graph, given: Sequence[Any]) -> dict[Node
         return {}
     known = Fakes()
     for node in graph.nodes:
-        if node.op in ("call_function", "call_module"):
+        if node.op in ("call_function", "call_module", "get_attr"):
             values[node] = fake_value(layer, node, values, known)
     return values
 

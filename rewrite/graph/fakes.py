@@ -46,6 +46,8 @@ def fake_value(
     ``known`` keeps what was inferred, from call to call. ``layer`` stands in for the layer that the node calls.
     """
     known = Fakes() if known is None else known
+    if node.op == "get_attr":
+        return _fake_of(attribute(module, str(node.target)), node, known)
 
     def fake(source: Node) -> Any:
         return values[source] if values is not None and source in values else source.meta.get("val")
@@ -63,6 +65,15 @@ def fake_value(
     if key is not None:
         known.values[key] = found
     return found
+
+
+def _fake_of(held: Any, node: Node, known: Fakes) -> Any:
+    """A tensor that a graph reads, as a fake one."""
+    mode = _fake_mode([n.meta.get("val") for n in node.graph.nodes])
+    if mode is None or not isinstance(held, torch.Tensor):
+        return node.meta.get("val")
+    with mode:
+        return known.like(held, mode)
 
 
 def call_key(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> Hashable | None:

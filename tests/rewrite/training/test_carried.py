@@ -24,6 +24,17 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+class Stack(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(Block(), Block()), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
 @dataclass(frozen=True)
 class Twice(Pass):
     """Each unit two times, of which the second layer reads each by half: W1' = [W1; W1], W2' = [W2, W2] / 2."""
@@ -123,3 +134,20 @@ def test_programs_that_are_no_kin_are_refused() -> None:
         expand_state(optimizer.state_dict(), new, old)
     with pytest.raises(RewriteError, match="the state is of 3 parameters"):
         expand_state({"state": {}, "param_groups": [{"params": [0, 1, 2]}]}, old, new)
+
+
+def test_layers_that_are_new_start_without_a_state_and_others_follow_their_numbers() -> None:
+    torch.manual_seed(0)
+    model = Stack().train()
+    optimizer, x = trained(model)
+    old = rewrite.capture(model, (x,))
+    new = rewrite.apply(old, "expand{layers=+1 ffn=+2}", verify=False)
+    made = expand_state(optimizer.state_dict(), old, new)
+    order = [name for name, _ in new.module.named_parameters()]
+    has = [name for i, name in enumerate(order) if i in made["state"]]
+    assert len(order) == len(made["param_groups"][0]["params"]) == 20
+    assert len(has) == len(optimizer.state_dict()["state"]) == 14
+    last = list(dict(model.named_parameters())).index("blocks.1.up.weight")
+    now = max(name for name in has if name.endswith("up.weight"))
+    found = made["state"][order.index(now)]["exp_avg"]
+    assert torch.equal(found[:8], optimizer.state_dict()["state"][last]["exp_avg"])
