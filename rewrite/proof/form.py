@@ -28,7 +28,8 @@ class Setting:
 
     The last of ``calls`` calls counts. Parameters are moved by normal noise of ``moved`` times their own scale, the same in
     both forms: what holds a value that follows from an old parameter shows itself. ``draw`` numbers the random numbers of a
-    run, where ``seed`` stands for all else. ``silent`` sets the rate of each dropout to 0.
+    run, where ``seed`` stands for all else. ``silent`` sets the rate of each dropout to 0. ``nudged`` moves each number of
+    the parameters by an ulp: what rounding at their size does.
     """
 
     exact: bool = True
@@ -41,6 +42,7 @@ class Setting:
     seed: int = 0
     draw: int = 0
     silent: bool = False
+    nudged: bool = False
 
 
 @dataclass
@@ -269,7 +271,8 @@ class TensorsOf:
         if name not in known:
             made = _cast(tensor.detach(), self.setting).clone()
             if isinstance(tensor, nn.Parameter):
-                made = nn.Parameter(self._moved(made, name), tensor.requires_grad)
+                moved = self._moved(made, name)
+                made = nn.Parameter(one_ulp(moved) if self.setting.nudged else moved, tensor.requires_grad)
             known[name] = made
         return known[name]
 
@@ -281,6 +284,14 @@ class TensorsOf:
         deviation = float(tensor.double().std()) if tensor.numel() > 1 else 0.0
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
         return tensor + moved * (deviation or 1.0) * projection(tensor, seed)
+
+
+def one_ulp(value: torch.Tensor) -> torch.Tensor:
+    """Each number of a tensor moved by one unit in the last place, up and down in turn."""
+    if not value.is_floating_point():
+        return value
+    up = torch.arange(value.numel()).reshape(value.shape) % 2 == 0
+    return torch.where(up.to(value.device), torch.nextafter(value, value + 1), torch.nextafter(value, value - 1))
 
 
 def _silence(layer: nn.Module) -> None:
