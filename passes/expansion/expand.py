@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from rewrite.axes.analyze import analyze
+from rewrite.axes.cloning import COPIED, copies_of, copy_obstacle, prepare_copies, untied
+from rewrite.axes.copies import copy_units
 from rewrite.axes.fills import Init
 from rewrite.axes.growth import grow
 from rewrite.axes.kinds import KINDS, group_of, growth_of, obstacle, of_kind, prepare
@@ -21,6 +23,7 @@ from rewrite.pipeline.sizes import check_size, grown
 from rewrite.proof.contract import SAME, Contract
 
 if TYPE_CHECKING:
+    from rewrite.axes.dims import Dim
     from rewrite.axes.table import Table
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
@@ -55,13 +58,19 @@ class Expand(Pass):
     entries are: `normal` at the deviation of the weight, `orthogonal`, `zero` (zeros and ones: a partial identity),
     `hadamard`, or `copy` of the units there are.
 
+    ``method=lemon`` copies units of FFNs, heads and the stream instead, of LayerNorm models too, and lets what reads m
+    copies take W/m + N_i of each, Σ N_i = 0: the stream is [x .. x, mean x] (0 with RMSNorm) where it is no multiple, gain
+    and eps of norms change by q D / D'. ``method=clone`` (HyperCloning) takes whole factors; N is ``snr`` decibels below the
+    weight, without it there is none and copies stay alike. Layers are as before.
+
     Refused where every place has an obstacle, by name: a dimension that cannot change, or whose entries meet each other in
     a norm or a softmax; head_dim under rotary embeddings or QK-norm; hidden under LayerNorm (run `rmsnorm` first) or where
-    it is the model's output; heads that are no multiple of the group; layers of Post-LN models; a size below today's. Other
-    places are left alone.
+    it is the model's output; heads that are no multiple of the group; layers of Post-LN models; a size below today's; by
+    copies a tied head without ``untie``, a stream of Post-LN that is no multiple. Other places are left alone.
 
     Source: Gesmundo and Maile, Composable Function-preserving Expansions for Transformer Architectures, 2023
-    (arXiv 2308.06103), which leaves eps as it is; Wu et al., LLaMA Pro, ACL 2024.
+    (arXiv 2308.06103), which leaves eps as it is; Wu et al., LLaMA Pro, ACL 2024; Wang et al.,
+    LEMON, ICLR 2024; Samragh et al., Scaling Smart (HyperCloning), 2024.
     """
 
     name = "expand"
@@ -70,6 +79,9 @@ class Expand(Pass):
     head_dim: str = option("", "size of a head's queries and keys")
     value_dim: str = option("", "size of a head's values")
     hidden: str = option("", "size of the stream")
+    method: Literal["pad", "lemon", "clone"] = option("pad", "pad: zeros; lemon, clone: copies of units, split by readers")
+    snr: float | None = option(None, "how far copies are apart, in decibels below the weights: none for clone, 0 for lemon")
+    untie: bool = option(False, "let a tied head have a weight of its own, where copies ask for it")
     layers: str = option("", "number of blocks in each list of them")
     at: Where = option("even", "where new blocks go: even, end, or copy (even, with the weights of the block before)")
     init: Init = option("normal", "what free entries are: normal, zero, orthogonal, hadamard or copy")
@@ -80,6 +92,8 @@ class Expand(Pass):
         for kind in (*KINDS, "layers"):
             if getattr(self, kind):
                 check_size(getattr(self, kind), f"expand: {kind}")
+        if self.method != "pad" and (self.head_dim or self.value_dim):
+            raise RewriteError(f"expand: method={self.method} copies {', '.join(COPIED)}; longer heads are for method=pad")
 
     def contract(self) -> Contract:
         return Contract(forward=SAME, backward=SAME)
@@ -119,13 +133,22 @@ class _Wider(_Part):
     """All but layers."""
 
     def run(self, program: Program, context: Context) -> None:
-        table = analyze(program)
         chosen = self.chosen(program, context)
-        growths = [(s.types[0], growth_of(program, table, s.types[0], table.named[s.path], s.size)) for s in chosen]
-        for kind, growth in growths:
-            prepare(context.edit, table, kind, growth)
-        if growths:
-            grow(context.edit, table, [g for _, g in growths], self.init, torch.Generator().manual_seed(context.seed))
+        table, edit, generator = analyze(program), context.edit, torch.Generator().manual_seed(context.seed)
+        if self.method == "pad":
+            growths = [(s.types[0], growth_of(program, table, s.types[0], table.named[s.path], s.size)) for s in chosen]
+            for kind, growth in growths:
+                prepare(edit, table, kind, growth)
+            if growths:
+                grow(edit, table, [growth for _, growth in growths], self.init, generator)
+            return
+        tables = [name for site in chosen for name in untied(edit, table, table.named[site.path])] if self.untie else []
+        table = analyze(program) if tables else table
+        copied = [(s.types[0], copies_of(program, table, s.types[0], table.named[s.path], s.size)) for s in chosen]
+        for kind, copies in copied:
+            prepare_copies(edit, table, kind, copies)
+        snr = self.snr if self.snr is not None or self.method == "clone" else 0.0
+        copy_units(edit, table, [copies for _, copies in copied], 0.0 if snr is None else 10 ** (-snr / 20), generator)
 
     def sites(self, program: Program) -> list[Site]:
         kinds = [kind for kind in KINDS if getattr(self, kind)]
@@ -137,16 +160,22 @@ class _Wider(_Part):
         named = dict(of_kind(table, kind))
         if kind == "value_dim" and not named and any(of_kind(table, "head_dim")):
             raise RewriteError("expand: keys and values have one size in this model: head_dim grows both")
-        reasons = {name: obstacle(program, table, kind, name, dim) for name, dim in named.items()}
-        if named and all(reasons.values()):
-            name, reason = next(iter(reasons.items()))
-            raise RewriteError(f"expand: {kind} cannot grow ({name}): {reason}")
-        sites = []
-        for name, dim in named.items():
-            size = dim.size if reasons[name] else self._size(kind, name, dim.size, group_of(table, name))
-            if size > dim.size or reasons[name]:
-                sites.append(Site(name, (kind,), dim, size, reasons[name]))
-        return sites
+        sites = [self._site(kind, program, table, name, dim) for name, dim in named.items()]
+        if sites and all(site.reason for site in sites):
+            raise RewriteError(f"expand: {kind} cannot grow ({sites[0].path}): {sites[0].reason}")
+        return [site for site in sites if site.size > site.what.size or site.reason]
+
+    def _site(self, kind: str, program: Program, table: Table, name: str, dim: Dim) -> Site:
+        if self.method == "pad" and (reason := obstacle(program, table, kind, name, dim)):
+            return Site(name, (kind,), dim, dim.size, reason)
+        size = self._size(kind, name, dim.size, group_of(table, name))
+        if self.method == "clone" and size % dim.size:
+            raise RewriteError(
+                f"expand: method=clone repeats units whole times, and {name} would be {size / dim.size:g} times {dim.size}: "
+                "use a whole factor, or method=lemon"
+            )
+        reason = "" if self.method == "pad" else copy_obstacle(program, table, kind, dim, size, self.untie)
+        return Site(name, (kind,), dim, size, reason)
 
     def _size(self, kind: str, name: str, size: int, group: int) -> int:
         """The new size; for heads in groups their number is given in query heads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class Notes:
     attributes: list[Attribute] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    computed: dict[tuple[Node, int], Dim] = field(default_factory=dict)
     unknown: dict[str, None] = field(default_factory=dict)
     tensors: dict[int, Axes] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -200,6 +202,19 @@ class Call:
             self.freeze([dim], "a number in code that cannot be edited")
             return
         self.notes.literals.append(Literal(self.node, argument, place, dim, self.region))
+
+    def computed(self, size: Any, dim: Dim) -> None:
+        """Note the number in a size that is computed from the input's: `batch * 12` where heads lie beside the batch."""
+        if not isinstance(size, Node) or size.target is not operator.mul:
+            return
+        own = product(f for f in dim.factors() if f.kind != "atom" or "a size of the input" not in f.rigid)
+        place = next((i for i, value in enumerate(size.args) if isinstance(value, int) and value == own.size), None)
+        if place is None or self.region != "":
+            self.freeze([own], "it is part of a size that is computed")
+            return
+        known = self.notes.computed.setdefault((size, place), own)
+        self.unify(known, own)
+        self.notes.literals.append(Literal(size, str(place), None, own))
 
     def attribute(self, path: str, name: str, dim: Dim) -> None:
         """Note that a layer's attribute is the size of a dimension."""

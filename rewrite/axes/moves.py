@@ -18,6 +18,7 @@ def _view(call: Call) -> Axes:
     name = "size" if "size" in call.named else "shape"
     for place, dim in enumerate(found):
         call.literal(name, place, dim)
+        call.computed(call.named[name][place], dim)
     return found
 
 

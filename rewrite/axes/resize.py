@@ -16,7 +16,7 @@ from torch.fx.node import Argument
 
 from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
-from rewrite.graph.nodes import attribute, call_arguments
+from rewrite.graph.nodes import attribute, literal_arguments
 
 from .analyze import analyze
 from .call import Literal, Place
@@ -55,6 +55,31 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
 
     Raises RewriteError for a dimension that cannot change, with the reason, and where a value does not fit afterwards.
     """
+    resize_numbers(edit, table, chosen)
+    for path, places in along(table, chosen).items():
+        tensor = attribute(edit.program.module, path)
+        dims = {place.axis: place.dim for place in places}
+        vectors = {axis: tuple(vector_of(dim, chosen)) for axis, dim in dims.items()}
+        changed = {axis: v for axis, v in vectors.items() if list(v) != list(range(tensor.shape[axis]))}
+        if changed:
+            shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
+            made = Resized(tuple(sorted(changed.items())), fill(path, tensor, places, shape))
+            edit.set_parameter(path, made, path)
+
+
+def along(table: Table, chosen: Mapping[Dim, Vector]) -> dict[str, list[Place]]:
+    """All places of each tensor that lies along one of some atoms, by the tensor's name."""
+    found: dict[str, list[Place]] = {}
+    for place in table.places:
+        found.setdefault(place.path, []).append(place)
+    return {name: places for name, places in found.items() if any(a in chosen for p in places for a in p.dim.atoms())}
+
+
+def resize_numbers(edit: Editor, table: Table, chosen: Mapping[Dim, Vector]) -> None:
+    """Set every number in the graph and every attribute of a layer that says the size of some atoms.
+
+    Raises RewriteError for a dimension that cannot change, with the reason.
+    """
     for dim in chosen:
         if dim.rigid:
             raise RewriteError(f"{table.name_of(dim)} cannot change its size: {dim.rigid}")
@@ -62,26 +87,10 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
         literals = [literal for literal in table.literals if literal.region == path]
         for node, argument, value in _numbers(literals, chosen):
             edit.set_literal(node, argument, value, path)
-    _parameters(edit, table, chosen, fill)
     for found in table.attributes:
         size = size_of(found.dim, chosen)
         if size != found.dim.size:
             edit.set_attribute(found.path, found.name, size)
-
-
-def _parameters(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill) -> None:
-    by_path: dict[str, list[Place]] = {}
-    for place in table.places:
-        by_path.setdefault(place.path, []).append(place)
-    for path, along in by_path.items():
-        tensor = attribute(edit.program.module, path)
-        dims = {place.axis: place.dim for place in along}
-        vectors = {axis: tuple(vector_of(dim, chosen)) for axis, dim in dims.items()}
-        changed = {axis: v for axis, v in vectors.items() if list(v) != list(range(tensor.shape[axis]))}
-        if changed:
-            shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
-            made = Resized(tuple(sorted(changed.items())), fill(path, tensor, along, shape))
-            edit.set_parameter(path, made, path)
 
 
 def _numbers(literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> Iterator[tuple[Node, str, Argument]]:
@@ -90,7 +99,7 @@ def _numbers(literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> Itera
     for literal in literals:
         grouped.setdefault((literal.node, literal.argument), []).append(literal)
     for (node, argument), group in grouped.items():
-        given = call_arguments(node)[argument]
+        given = literal_arguments(node)[argument]
         value: Any = list(given) if isinstance(given, list | tuple) else given
         for literal in group:
             if isinstance(value, list) and literal.place is not None:

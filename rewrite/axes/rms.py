@@ -20,10 +20,11 @@ from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import attribute, call_arguments
 from rewrite.graph.program import Program
 from rewrite.graph.spelled import SpelledNorm
-from rewrite.torch_private import _BatchNorm
 
 from .dims import Dim
 from .table import Table
+
+_GROUPED = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Rescaled:
 
 def norms_along(program: Program, table: Table, dim: Dim) -> list[Norm]:
     """The norms that normalize along a dimension, or a product or sum that it is part of."""
-    return [norm for norm in norms(program) if any(dim in d.atoms() for d in _normalized(norm, table))]
+    return [norm for norm in norms(program) if any(dim in d.atoms() for d in normalized(norm, table))]
 
 
-def _normalized(norm: Norm, table: Table) -> list[Dim]:
+def normalized(norm: Norm, table: Table) -> list[Dim]:
+    """The dimensions that a norm normalizes."""
     axes = table.values.get(norm.node)
     if not isinstance(axes, list):
         return []
@@ -60,15 +62,17 @@ def zero_obstacle(program: Program, table: Table, dim: Dim) -> str:
             )
         if norm.weight_path is None:
             return f"RMSNorm at {norm.path} has no gain to rescale: use method=lemon"
-        if [d.root() for d in _normalized(norm, table)] != [dim]:
+        if [d.root() for d in normalized(norm, table)] != [dim]:
             return f"RMSNorm at {norm.path} normalizes more than it"
+    return other_norm(program, table, dim)
+
+
+def other_norm(program: Program, table: Table, dim: Dim) -> str:
+    """What normalizes groups of a dimension, in words; empty if nothing does."""
     for node, layer in program.layers():
-        kinds = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
         axes = table.values.get(node)
-        if isinstance(layer, kinds) and isinstance(axes, list) and dim in axes[1].atoms():
+        if isinstance(layer, _GROUPED) and isinstance(axes, list) and dim in axes[1].atoms():
             return f"{type(layer).__name__} at {node.target} normalizes groups of it"
-        if isinstance(layer, _BatchNorm):
-            continue
     return ""
 
 

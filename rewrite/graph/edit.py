@@ -23,7 +23,7 @@ from . import meta
 from .fakes import fake_value
 from .maps import Compute, Constant, ParameterMap
 from .module_calls import ModuleCall, module_calls
-from .nodes import attribute, call_arguments, gives_kind_alone, is_pure, leaves, module_stack, set_argument
+from .nodes import attribute, gives_kind_alone, is_pure, leaves, literal_arguments, module_stack, set_argument
 from .program import Container, Program
 from .properties import thawed
 from .renumber import renumber
@@ -410,7 +410,7 @@ class Editor:
         The node is one of the program's graph, or of a graph of the region at a path. Nodes in the argument stay those that
         it had. Raises RewriteError for another node, and where there is no such argument.
         """
-        arguments = call_arguments(node)
+        arguments = literal_arguments(node)
         if argument not in arguments:
             known = f"it has {', '.join(arguments)}" if arguments else "it calls no operator"
             raise RewriteError(f"{node.name} has no argument {argument}: {known}")

@@ -155,10 +155,19 @@ def call_arguments(node: Node) -> dict[str, Argument]:
     return named
 
 
+def literal_arguments(node: Node) -> dict[str, Argument]:
+    """An operator call's arguments by name; those of arithmetic on sizes, which has no schema, by their number."""
+    if overload(node) is None and getattr(node.target, "__module__", "") == "_operator":
+        return {str(place): value for place, value in enumerate(node.args)}
+    return call_arguments(node)
+
+
 def set_argument(node: Node, name: str, value: Argument) -> None:
-    """Set an operator call's argument by its schema name."""
+    """Set an operator call's argument, by the name that ``literal_arguments`` gives it."""
     found = overload(node)
-    assert found is not None
+    if found is None:
+        node.update_arg(int(name), value)
+        return
     names = [a.name for a in found._schema.arguments]
     place = names.index(name)
     if place < len(node.args):

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from rewrite.graph.edit import Change, Kind
 from rewrite.graph.history import Check
-from rewrite.graph.nodes import attribute, call_arguments
+from rewrite.graph.nodes import attribute, literal_arguments
 from rewrite.graph.program import Container, Program
 from rewrite.graph.properties import thawed
 from rewrite.graph.tree import names_of_modules, names_of_tensors
@@ -158,7 +158,8 @@ class _Frame:
         if not any(name.startswith(f"{new.name}.") for name in self.edits.literals):
             return self.same.arguments(old, new)
         ours, theirs = (
-            {k: v for k, v in call_arguments(n).items() if f"{new.name}.{k}" not in self.edits.literals} for n in (old, new)
+            {k: v for k, v in literal_arguments(n).items() if f"{new.name}.{k}" not in self.edits.literals}
+            for n in (old, new)
         )
         return self.same.value(ours, theirs)
 

@@ -16,6 +16,7 @@ from tests.passes.table import Row
 ROWS = [
     Row("expand{hidden=+5 ffn=2x heads=+1}", "PreNormDecoder", 46, again=46, compiled=True),
     Row("expand{layers=+1}", "PreNormDecoder", 28, again=28),
+    Row("expand{method=lemon hidden=+5 ffn=+3 heads=+1}", "PreNormDecoder", 46, again=46),
     Row("expand{ffn=2x heads=+2}", "llama", 28, again=28),
     Row("expand{head_dim=+3}", "gpt2", 22, again=22),
     Row("expand{ffn=2x}", "resnet18", 0),
@@ -257,3 +258,80 @@ def test_layers_of_post_norm_models_are_refused() -> None:
 def test_fewer_layers_name_the_pass_for_that() -> None:
     with pytest.raises(RewriteError, match="to shrink it is pruning: drop-blocks"):
         apply(model(), "expand{layers=1}")
+
+
+class PostNorm(nn.Module):
+    """Two layers that normalize the stream itself, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(DIM, HEADS, 8, 0.0, batch_first=True) for _ in range(2)])
+        self.words, self.head = nn.Embedding(11, DIM), nn.Linear(DIM, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layers[1](self.layers[0](self.words(ids))))
+
+
+def post() -> Program:
+    torch.manual_seed(0)
+    return capture(PostNorm(), (torch.randint(0, 11, (2, 5)),))
+
+
+LEMON = "expand{method=lemon hidden=39 ffn=+3 heads=+1 layers=+1}"
+
+
+def test_copies_by_hand() -> None:
+    old, new = weights(model(nn.LayerNorm), "expand{method=lemon hidden=39}")
+    words, share = new["words.weight"], 32 / 39
+    assert torch.equal(words[:, :32], old["words.weight"].repeat(1, 2))
+    assert torch.allclose(words[:, 32:], old["words.weight"].mean(1, keepdim=True).expand(-1, 7))
+    assert torch.allclose(new["norm.weight"][:DIM], share**0.5 * old["norm.weight"])
+    assert not new["norm.bias"][32:].any()
+    head = new["head.weight"]
+    assert torch.allclose(head[:, :DIM] + head[:, DIM:32], old["head.weight"], atol=1e-6)
+    assert (head[:, :DIM] - head[:, DIM:32]).abs().min() > 0
+    assert apply(model(nn.LayerNorm), "expand{method=lemon hidden=39}").module.get_submodule("norm").eps == 1e-5 * share
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, EPS])
+def test_copies_train_apart(norm: Norm) -> None:
+    program = apply(model(norm), LEMON)
+    gradients = trained(program, steps=3)
+    assert all(g.abs().max() > 0 for name, g in gradients.items() if not name.endswith("k.bias"))
+    for layer in program.module.layers.children():
+        for unit in (layer.up.weight, layer.attention.q.weight, layer.attention.out.weight, layer.down.weight.T):
+            assert torch.pdist(unit.detach()).min() > 0
+
+
+def test_noise_at_a_ratio() -> None:
+    old, new = weights(model(nn.LayerNorm), "expand{method=clone hidden=2x snr=10}")
+    head = new["head.weight"]
+    noise, share = (head[:, :DIM] - head[:, DIM:]) / 2, old["head.weight"].std() / 2
+    assert float(20 * (share / noise.std()).log10()) == pytest.approx(10, abs=4)
+    _, plain = weights(model(nn.LayerNorm), "expand{method=clone hidden=2x}")
+    assert torch.equal(plain["head.weight"], old["head.weight"].repeat(1, 2) / 2)
+
+
+def test_post_norm_by_whole_factors() -> None:
+    assert (
+        apply(post(), "expand{method=lemon hidden=2x ffn=+3 heads=+1}").module.get_submodule("head").in_features == 2 * DIM
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "words"),
+    [
+        (post, "expand{method=lemon hidden=+1}", "Post-LN: layers.0.norm1 writes to the stream .*: use a multiple of 16"),
+        (model, "expand{method=clone hidden=24}", "whole times, and hidden would be 1.5 times 16: use a whole factor"),
+        (model, "expand{method=clone head_dim=2x}", "method=clone copies ffn, heads, hidden; .* method=pad"),
+        (functools.partial(model, tied=True), "expand{method=clone hidden=2x}", "words.weight .* tied.*: untie=true gives"),
+    ],
+)
+def test_copies_that_are_refused(make: Callable[[], Program], text: str, words: str) -> None:
+    with pytest.raises(RewriteError, match=words):
+        apply(make(), text)
+
+
+def test_a_tied_head_is_given_its_own_weight() -> None:
+    module = apply(model(tied=True), "expand{method=clone hidden=2x untie=true}").module
+    assert module.get_parameter("head.weight") is not module.get_parameter("words.weight")
