@@ -89,7 +89,7 @@ class Axis:
         if self.split:
             found = found / self.counts.to(found).reshape(shape)
         rest = (source < 0).reshape(shape)
-        if not bool(rest.any()):
+        if -1 not in self.source:
             return found
         return torch.where(rest, tensor.mean(self.axis, keepdim=True) if self.mean else torch.zeros_like(found), found)
 

@@ -313,9 +313,8 @@ def test_noise_at_a_ratio() -> None:
 
 
 def test_post_norm_by_whole_factors() -> None:
-    assert (
-        apply(post(), "expand{method=lemon hidden=2x ffn=+3 heads=+1}").module.get_submodule("head").in_features == 2 * DIM
-    )
+    module = apply(post(), "expand{method=lemon hidden=2x ffn=+3 heads=+1}").module
+    assert module.get_parameter("layers.1.self_attn.in_proj_weight").shape == (3 * (DIM + DIM // HEADS), 2 * DIM)
 
 
 @pytest.mark.parametrize(
