@@ -16,16 +16,27 @@ ROUNDING = 1e-5
 """The largest relative error between two float32 runs of the same operators."""
 
 
-def disagreement(
-    program: Program, made: nn.Module, modes: Sequence[Mode] = ("train", "eval"), *, gradients: bool = True
-) -> str:
-    """How a module differs from a program, in words; empty where it does not: outputs and buffers in each of the modes,
-    ``gradients`` in the first.
+def disagreement(program: Program, made: nn.Module) -> str:
+    """How a module differs from a program, in words, empty where it does not: outputs, gradients and buffers in training,
+    outputs and buffers in evaluation.
 
     Bit for bit, or else in exact arithmetic. Without values nothing is compared.
     """
+    return distance(program, made, ("train", "eval")).words
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a module is from a program: the largest relative error, and in words how it differs, none where it does not."""
+
+    error: float = 0.0
+    words: str = ""
+
+
+def distance(program: Program, made: nn.Module, modes: Sequence[Mode], *, gradients: bool = True) -> Distance:
+    """How far a module is from a program in some modes, ``gradients`` in the first of them."""
     if on_meta(made):
-        return ""
+        return Distance()
     if any(part.kind == "training mode" for part in program.opaque):
         modes = ("eval",)
     args, kwargs = program.example_args, dict(program.example_kwargs)
@@ -36,13 +47,11 @@ def disagreement(
         gap, tolerance = both.gap(mode, gradients=gradients and mode == modes[0])
         if not gap.largest <= tolerance:
             at = f" at {gap.worst_gradient}" if gap.worst_gradient else ""
-            return (
-                f"in {mode} mode (outputs {gap.outputs:.1e}, gradients {gap.gradients:.1e}{at}, "
-                f"buffers {gap.buffers:.1e}) {gap.problem}"
-            ).rstrip()
+            told = f"outputs {gap.outputs:.1e}, gradients {gap.gradients:.1e}{at}, buffers {gap.buffers:.1e}"
+            return Distance(gap.largest, f"in {mode} mode ({told}) {gap.problem}".rstrip())
         if not gap.modal:  # nothing that ran asked for the mode
             break
-    return ""
+    return Distance()
 
 
 @dataclass

@@ -120,12 +120,14 @@ def deepen(edit: Editor, chosen: Sequence[tuple[Stack, int]], where: Where, init
     generator = torch.Generator().manual_seed(seed)
     for stack, _ in chosen:
         last: Node | None = None
+        ends: dict[Node, Node] = {}  # with what new blocks were put in, what an old one begins with is what they end in
         for new, old, is_new in orders[stack.path]:
             first, end = _ends(stack.blocks[old])
+            first = ends.get(first, first)
             if not is_new:
                 last = end
                 continue
-            last = edit.repeat(renamed(old, moved), new, first, end, last)
+            last = ends[end] = edit.repeat(renamed(old, moved), new, first, end, last)
             zeros = {renamed(name, {old: new}): value for name, value in stack.zeros[old]}
             _set(edit, new, zeros, None if "copy" in (where, init) else init, generator)
     return {new: old for order in orders.values() for new, old, _ in order}

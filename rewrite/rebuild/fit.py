@@ -12,7 +12,7 @@ from rewrite.axes.analyze import analyze
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph.program import Program
 from rewrite.graph.tree import Places, on_meta
-from rewrite.lowering.compared import disagreement
+from rewrite.lowering.compared import Distance, distance
 from rewrite.numerics.probes import light_copy
 
 from .candidates import Sizes
@@ -43,11 +43,11 @@ def fit_class(program: Program) -> Fitted:
     maker = maker_of(program.origin.home)
     moved = scattered(program, seed=0)
 
-    def differs(edits: Edits) -> str:
+    def differs(edits: Edits) -> Distance:
         try:
-            return disagreement(moved, filled(maker, edits, moved), ("eval",), gradients=False)
+            return distance(moved, filled(maker, edits, moved), ("eval",), gradients=False)
         except Exception as error:  # the class's own code, with settings that do not go together
-            return named_line(error)
+            return Distance(float("inf"), f"and raises {named_line(error)}")
 
     before = dict(program.origin.parameter_shapes)
     edits = fitting(maker, before, shapes_of(program.module), _sizes(program), differs)

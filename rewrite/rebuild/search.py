@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewrite.errors import RewriteError
+from rewrite.lowering.compared import Distance
 
 from .candidates import Edit, Observed, Sizes, candidates, patterns
 from .makers import Maker
@@ -27,11 +28,11 @@ _USEFUL, _OTHER, _RANK = 0.02, 0.3, 0.01
 """What an edit costs beside the share of the sizes that it leaves wrong: one that mends sizes, another one, each rank."""
 
 Edits = Mapping[Path, Any]
-Differs = Callable[[Edits], str]
+Differs = Callable[[Edits], Distance]
 
 
 def fitting(maker: Maker, before: Shapes, after: Shapes, sizes: Sizes, differs: Differs) -> Edits:
-    """The edits with which the class has the shapes ``after``, and of which ``differs`` says nothing.
+    """The edits with which the class has the shapes ``after``, and which ``differs`` from the program in nothing.
 
     ``before`` are the shapes of the user's model, ``sizes`` what else settings could be.
     Raises RewriteError, with what is nearest, where there are none.
@@ -78,7 +79,7 @@ class _Search:
     differs: Differs
     scores: dict[frozenset[Edit], int | None] = field(default_factory=dict)
     neutral: set[frozenset[Edit]] = field(default_factory=set)
-    refused: dict[frozenset[Edit], str] = field(default_factory=dict)
+    refused: dict[frozenset[Edit], Distance] = field(default_factory=dict)
     nearest: tuple[int, str] = (10**9, "")
 
     def effective(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -143,10 +144,10 @@ class _Search:
         """Whether the outputs are right. An edit that leaves wrong ones as wrong as they were is idle."""
         key = frozenset([*base, *chosen])
         if key not in self.refused:
-            reason = self.differs(_as_edits([*base, *chosen]))
-            if not reason:
+            found = self.differs(_as_edits([*base, *chosen]))
+            if not found.words:
                 return True
-            self.refused[key] = reason
+            self.refused[key] = found
         if chosen and self.refused.get(key - {chosen[-1]}) == self.refused[key]:
             idle.add(chosen[-1])
         return False
@@ -154,9 +155,9 @@ class _Search:
     def why(self) -> str:
         """Why nothing was found, in words."""
         if self.refused:
-            chosen, reason = next(iter(self.refused.items()))
+            chosen, found = min(self.refused.items(), key=lambda item: item[1].error)
             words = ", ".join(sorted(map(str, chosen))) or "its own ones"
-            return f"no settings of its class compute the same: with {words} it differs {reason}"
+            return f"no settings of its class compute the same: with {words} it differs {found.words}"
         return f"no settings of its class give its sizes: {self.nearest[1] or 'none of them can be changed'}"
 
 

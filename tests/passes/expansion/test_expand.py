@@ -222,6 +222,11 @@ def test_layers_are_numbered_in_order(text: str, olds: tuple[int, int]) -> None:
     before = model()
     after = apply(before, f"expand{{layers={text}}}")
     old, new = before.module.state_dict(), after.module.state_dict()
+    runs = [str(node.target) for node, _ in after.layers()]
+    assert len(runs) == len(set(runs)), "a block runs twice"
+    assert [r.split(".")[1] for r in runs if r.startswith("layers.")] == sorted(
+        r.split(".")[1] for r in runs if r.startswith("layers.")
+    )
     found = list(dict.fromkeys(name.split(".")[1] for name in names(after) if name.startswith("layers.")))
     assert found == [str(i) for i in range(len(found))]
     for block, place in enumerate(olds):
