@@ -27,7 +27,7 @@ def disagreement(program: Program, made: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a module is from a program: the largest relative error, and in words how it differs, none where it does not."""
+    """How far a module is from a program: the largest relative error, and in words how it differs, if it does."""
 
     error: float = 0.0
     words: str = ""
