@@ -37,7 +37,7 @@ class CompressActivations(Pass):
     tensor; ``format=fp8`` keeps x / scale in e4m3, scale = max |x| / 448 for each group (give it ``group=16``).
 
     Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Architectures", ICML 2022
-    (arXiv 2206.11357), sections 4 and 5; Pan et al., "Mesa: A Memory-saving Training Framework for Transformers"
+    (arXiv 2206.11357); Pan et al., "Mesa: A Memory-saving Training Framework for Transformers"
     (arXiv 2111.11124), whose ranges are running ones; Xi et al., "COAT", ICLR 2025 (arXiv 2410.19313).
     """
 

@@ -82,7 +82,7 @@ class FewBitPass(Pass):
 
     Source: Novikov et al., "Few-bit Backward: Quantized Gradients of Activation Functions for Memory Footprint Reduction",
     ICML 2023 (arXiv 2202.00441), section 3: borders and levels by dynamic programming; Yang et al., "Reducing Fine-Tuning
-    Memory Overhead by Approximate and Memory-Sharing Backpropagation", ICML 2024 (arXiv 2406.16282), section 4.
+    Memory Overhead by Approximate and Memory-Sharing Backpropagation", ICML 2024 (arXiv 2406.16282).
     """
 
     name = "few-bit"

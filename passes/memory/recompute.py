@@ -27,7 +27,7 @@ class Recompute(Pass):
     for inference has not.
 
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174); of norms and activations,
-    Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section 5.
+    Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198).
     """
 
     name = "recompute"

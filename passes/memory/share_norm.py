@@ -60,7 +60,7 @@ class ShareNorm(Pass):
     one keeps what it is given.
 
     Source: Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation", ICML 2024
-    (arXiv 2406.16282), section 5: MS-LN and MS-RMSNorm.
+    (arXiv 2406.16282): MS-LN and MS-RMSNorm.
     """
 
     name = "share-norm"

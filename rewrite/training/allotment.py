@@ -1,7 +1,6 @@
 """How many bits each saved tensor gets: the least Σ C_l / (2^b_l - 1)² with Σ b_l n_l at most an average times Σ n_l.
 
-Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Architectures", ICML 2022 (arXiv 2206.11357),
-section 5 and algorithm 2.
+Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Architectures", ICML 2022 (arXiv 2206.11357).
 """
 
 from __future__ import annotations

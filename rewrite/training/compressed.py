@@ -56,8 +56,13 @@ def check(value: Any) -> None:
 
 
 def _are_bits(value: Any) -> bool:
-    """A number of bits for all, or one for each tensor that is compressed, in execution order; 8 for those beyond."""
-    return value in BITS if type(value) is int else isinstance(value, list | tuple) and all(each in BITS for each in value)
+    """A number of bits for all, or one for each tensor that is compressed, in execution order; 0 keeps it, those beyond
+    have 8."""
+    return (
+        value in BITS
+        if type(value) is int
+        else isinstance(value, list | tuple) and all(each in (*BITS, 0) for each in value)
+    )
 
 
 @contextmanager
@@ -142,6 +147,8 @@ class _Packer:
             return None if is_small else pair
         self.count += 1
         if is_small:
+            return None
+        if not self._bits():
             return None
         generator, group = self._generator(flat.device), self.value["group"]
         if self.value.get("format") == "fp8":

@@ -3,7 +3,7 @@
 Rounded to nearest, or at random with the mean x: ⌊x / s + u⌋ s for the spacing s of e4m3 at x and u from [0, 1).
 
 Source: Xi et al., "COAT: Compressing Optimizer States and Activation for Memory-Efficient FP8 Training", ICLR 2025
-(arXiv 2410.19313), section 5, which has groups of 16.
+(arXiv 2410.19313), which has groups of 16.
 """
 
 from __future__ import annotations

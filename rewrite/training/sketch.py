@@ -3,8 +3,8 @@
 gaussian: normal numbers. rademacher: 1 or -1. rows: √n times k different rows of the identity. dct: √n times k different
 rows of the orthonormal discrete cosine transform C, its columns with random signs, S = √n P C D.
 
-Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers" (arXiv 2201.13195), section 3. For
-S without replacement E[Sᵀ S] = (k / n) n I.
+Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers" (arXiv 2201.13195). For
+rows without replacement E[Sᵀ S] = (k / n) n I.
 """
 
 from __future__ import annotations
@@ -27,30 +27,38 @@ def height(count: int, ratio: float) -> int:
 
 
 @torch.library.custom_op("rewrite::sketch_matrix", mutates_args=())
-def sketch_matrix(seed: torch.Tensor, like: torch.Tensor, count: int, sketch: str) -> torch.Tensor:
-    """S [k, n], float32, on the device of ``like``, which has k rows; the same for the same seed."""
+def sketch_matrix(seed: torch.Tensor, like: torch.Tensor, rows: int, sketch: str, moves_on: bool) -> torch.Tensor:
+    """S [rows, n] for the n rows of ``like``, of its dtype and on its device; the same for the same seed.
+
+    With ``moves_on`` torch's generator draws one number: the next step has another seed.
+    """
     generator = torch.Generator().manual_seed(int(seed))
-    return matrix(generator, like.shape[0], count, sketch).to(like.device)
+    if moves_on:
+        move_on()
+    wide = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return matrix(generator, rows, like.shape[0], sketch, wide).to(like.device, like.dtype)
 
 
 @sketch_matrix.register_fake
-def _(seed: torch.Tensor, like: torch.Tensor, count: int, sketch: str) -> torch.Tensor:
-    return like.new_empty((like.shape[0], count), dtype=torch.float32)
+def _(seed: torch.Tensor, like: torch.Tensor, rows: int, sketch: str, moves_on: bool) -> torch.Tensor:
+    return like.new_empty((rows, like.shape[0]))
 
 
-def matrix(generator: torch.Generator, rows: int, count: int, sketch: str) -> torch.Tensor:
-    """A draw of S [rows, count], float32."""
+def matrix(
+    generator: torch.Generator, rows: int, count: int, sketch: str, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """A draw of S [rows, count], the same in float32 and float64 up to rounding."""
     if sketch == "gaussian":
-        return torch.randn(rows, count, generator=generator)
+        return torch.randn(rows, count, generator=generator).to(dtype)
     if sketch == "rademacher":
-        return 2.0 * torch.randint(2, (rows, count), generator=generator) - 1.0
+        return (2 * torch.randint(2, (rows, count), generator=generator) - 1).to(dtype)
     chosen = torch.randperm(count, generator=generator)[:rows]
     if sketch == "rows":
-        return torch.nn.functional.one_hot(chosen, count) * math.sqrt(count)
-    signs = 2.0 * torch.randint(2, (count,), generator=generator) - 1.0
-    angle = math.pi / count * chosen.double()[:, None] * (torch.arange(count).double() + 0.5)
-    first = torch.where(chosen == 0, math.sqrt(0.5), 1.0)[:, None]
-    return (math.sqrt(2.0) * first * angle.cos() * signs).float()
+        return torch.nn.functional.one_hot(chosen, count).to(dtype) * math.sqrt(count)
+    signs = 2 * torch.randint(2, (count,), generator=generator) - 1
+    turns = chosen[:, None] * (2 * torch.arange(count) + 1) % (4 * count)
+    first = torch.where(chosen == 0, math.sqrt(0.5), 1.0).to(dtype)[:, None]
+    return math.sqrt(2.0) * first * (math.pi / (2 * count) * turns.to(dtype)).cos() * signs
 
 
 @torch.library.custom_op("rewrite::sketched", mutates_args=())
@@ -85,18 +93,6 @@ def _(
     return torch.empty_like(y)
 
 
-@torch.library.custom_op("rewrite::moved_on", mutates_args=())
-def moved_on(grad: torch.Tensor) -> torch.Tensor:
-    """A copy; torch's generator is moved on by one draw, so that the next step has another seed."""
-    move_on()
-    return grad.clone()
-
-
-@moved_on.register_fake
-def _(grad: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(grad)
-
-
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, bias, _, kept, seed, ctx.sketch, ctx.transposed = inputs
     ctx.dtype, ctx.has_bias = x.dtype, bias is not None
@@ -111,7 +107,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     rows = grad.reshape(-1, grad.shape[-1])
     dw = None
     if wants_weight:
-        s = sketch_matrix(seed, kept, rows.shape[0], ctx.sketch).to(grad.dtype)
+        s = sketch_matrix(seed, rows, kept.shape[0], ctx.sketch, True)
         dw = ((s @ rows).t() @ kept.to(grad.dtype)) / kept.shape[0]
         dw = (dw.t() if ctx.transposed else dw).to(weight.dtype)
     db = rows.sum(0) if ctx.has_bias and wants_bias else None

@@ -1,0 +1,123 @@
+"""Linear layers that keep a random sketch of their input for their weight's gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rewrite.graph.layers import TransposedLinear
+from rewrite.graph.like import like
+from rewrite.pipeline.pass_ import Pass, option
+from rewrite.pipeline.select import Selector
+from rewrite.proof.contract import ESTIMATE, SAME, Contract
+from rewrite.training.draws import peeked_seed
+from rewrite.training.lone_linears import LinearSite, lone_linears
+from rewrite.training.sketch import Sketch, height, sketch_matrix, sketched
+
+if TYPE_CHECKING:
+    from rewrite.graph.program import Program
+    from rewrite.pipeline.context import Context
+    from rewrite.proof.part import Part
+
+
+class _Sketching:
+    """What both layers do: the forward of the linear layer, its weight's gradient from S x."""
+
+    ratio: float
+    sketch: Sketch
+    salt: int
+    kind: type[nn.Module]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any = self
+        y: torch.Tensor
+        if not (torch.is_grad_enabled() and layer.weight.requires_grad):
+            y = self.kind.forward(layer, x)
+            return y
+        with torch.no_grad():
+            y = self.kind.forward(layer, x)
+            rows = x.reshape(-1, x.shape[-1])
+            seed = peeked_seed(self.salt)
+            s = sketch_matrix(seed, rows, height(rows.shape[0], self.ratio), self.sketch, False)
+            kept = s @ rows
+        y = sketched(x, layer.weight, layer.bias, y, kept, seed, self.sketch, self.kind is TransposedLinear)
+        return y
+
+    def plain(self) -> nn.Module:
+        """The linear layer, whose forward this is."""
+        layer: Any = self
+        made = like(layer, self.kind)
+        for name in ("ratio", "sketch", "salt"):
+            made.__dict__.pop(name, None)
+        return made
+
+
+class RandomizedLinear(_Sketching, nn.Linear):
+    """y = x Wᵀ + b; dW = (S dy)ᵀ (S x) / k for a random S with k = ratio · n rows, drawn anew at each step."""
+
+    kind = nn.Linear
+
+
+class RandomizedTransposedLinear(_Sketching, TransposedLinear):
+    """The same for y = x W + b."""
+
+    kind = TransposedLinear
+
+
+@dataclass(frozen=True)
+class RandomizedLinearPass(Pass):
+    """Estimate the weight gradients of linear layers from a random sketch of their input: dW = (S dy)ᵀ (S x) / k.
+
+    S has k = ratio · n rows for the n rows of x, and E[Sᵀ S] = k I: the mean of dW is exact, as are the gradients of input
+    and bias. Kept are S x and a seed, from which S is drawn again; each step has another one, and the forward draws what it
+    would. A single draw is noisy, and the noisier the more tokens there are that have little to do with each other. A layer
+    is left alone, with the reason, where its weight is shared, and where another one keeps what it is given.
+
+    Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers" (arXiv 2201.13195).
+    """
+
+    name = "randomized-linear"
+    inserts = (RandomizedLinear, RandomizedTransposedLinear)
+    ratio: float = option(0.2, "rows of the sketch for each row of the input", above=0, at_most=1)
+    sketch: Sketch = option("gaussian", "gaussian, rademacher, dct or rows")
+    where: Selector = option(Selector("*"), "linear layers: path glob, type:, re:, !, several with |")
+
+    def contract(self) -> Contract:
+        # for dy at random a Gaussian S has the relative error √((n + 1) / k), and the cosine 1 / √(1 + error²) to the truth
+        error = math.sqrt(1 / self.ratio)
+        return Contract(forward=SAME, backward=ESTIMATE, bound=2 * error, cosine=0.5 / math.sqrt(1 + error**2))
+
+    def run(self, program: Program, context: Context) -> None:
+        found = lone_linears(program, (RandomizedLinear, RandomizedTransposedLinear))
+        for salt, site in enumerate(context.choose(found, self.where)):
+            if site.obstacle:
+                context.skip(site.path, site.obstacle)
+            else:
+                context.edit.replace_layer(site.path, self._layer(site, salt))
+
+    def _layer(self, site: LinearSite, salt: int) -> nn.Module:
+        kind = RandomizedTransposedLinear if isinstance(site.layer, TransposedLinear) else RandomizedLinear
+        return like(site.layer, kind, ratio=self.ratio, sketch=self.sketch, salt=salt)
+
+    def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
+        """In the mean that of the linear layer."""
+        return linear_gradient(part, inputs[0], grad_outputs[0])
+
+
+def linear_gradient(part: Part, x: torch.Tensor, dy: torch.Tensor) -> Any:
+    """dx = dy W, and by name dW = dyᵀ x and db = Σ dy."""
+    ((path, layer),) = part.new.items()
+    made: Any = layer
+    rows, given = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    is_transposed = isinstance(layer, TransposedLinear)
+    weight = made.weight.t() if is_transposed else made.weight
+    dw = rows.t() @ given
+    found = {f"{path}.weight": dw.t() if is_transposed else dw}
+    if made.bias is not None:
+        found[f"{path}.bias"] = rows.sum(0)
+    return [dy @ weight], found

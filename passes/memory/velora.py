@@ -1,0 +1,129 @@
+"""Linear layers that keep one number for each few of their input: its length along a fixed direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rewrite.analysis.observe import observe
+from rewrite.graph.layers import TransposedLinear
+from rewrite.graph.like import like
+from rewrite.pipeline.pass_ import Pass, option
+from rewrite.pipeline.select import Selector
+from rewrite.proof.contract import ESTIMATE, SAME, Contract
+from rewrite.training.column_linear import directed_linear
+from rewrite.training.lone_linears import LinearSite, lone_linears
+
+if TYPE_CHECKING:
+    from rewrite.graph.program import Program
+    from rewrite.pipeline.context import Context
+    from rewrite.proof.part import Part
+
+
+class _Directed:
+    """What both layers do: the forward of the linear layer, its weight's gradient from z = x_sub · ``direction``."""
+
+    kind: type[nn.Module]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any = self
+        y: torch.Tensor
+        if not (torch.is_grad_enabled() and layer.weight.requires_grad):
+            y = self.kind.forward(layer, x)
+            return y
+        with torch.no_grad():
+            y = self.kind.forward(layer, x)
+            kept = x.unflatten(-1, (-1, layer.direction.numel())) @ layer.direction.to(x.dtype)
+        y = directed_linear(x, layer.weight, layer.bias, y, kept, layer.direction, self.kind is TransposedLinear)
+        return y
+
+    def plain(self) -> nn.Module:
+        """The linear layer, whose forward this is."""
+        layer: Any = self
+        made = like(layer, self.kind)
+        del made._buffers["direction"]
+        return made
+
+
+class VeLoRALinear(_Directed, nn.Linear):
+    """y = x Wᵀ + b; dW = dyᵀ x̂ with x̂ = (x_sub · v) v for each part x_sub of x as wide as v."""
+
+    kind = nn.Linear
+
+
+class VeLoRATransposedLinear(_Directed, TransposedLinear):
+    """The same for y = x W + b."""
+
+    kind = TransposedLinear
+
+
+KINDS: tuple[type[nn.Module], ...] = (VeLoRALinear, VeLoRATransposedLinear)
+
+
+@dataclass(frozen=True)
+class VeLoRA(Pass):
+    """Keep of a linear layer's input one number for each ``width`` of them: z = x_sub · v, restored as z v.
+
+    v is the normalized mean sub-token of the data's calls (of the example inputs without), fixed from then on. The weight's
+    gradient becomes dW P with P = v vᵀ in blocks: a projection, so that its error is at most dW itself, and nothing across
+    v is ever learned from these layers. It is biased, a rank-one stand-in and no compressor. The gradients of input and
+    bias are exact. A layer is left alone, with the reason, where ``width`` does not divide its inputs, where its weight is
+    shared, and where another one keeps what it is given.
+
+    Source: Miles et al., "VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections", NeurIPS 2024
+    (arXiv 2405.17991).
+    """
+
+    name = "velora"
+    inserts = KINDS
+    width: int = option(32, "inputs that are kept as one number", at_least=2, at_most=2**20)
+    where: Selector = option(Selector("*"), "linear layers: path glob, type:, re:, !, several with |")
+
+    def contract(self) -> Contract:
+        return Contract(forward=SAME, backward=ESTIMATE, bound=1.0, cosine=0.0)
+
+    def run(self, program: Program, context: Context) -> None:
+        chosen = []
+        for site in context.choose(lone_linears(program, KINDS), self.where):
+            reason = site.obstacle or f"{self.width} does not divide its {site.layer.in_features} inputs" * bool(
+                site.layer.in_features % self.width
+            )
+            if reason:
+                context.skip(site.path, reason)
+            else:
+                chosen.append(site)
+        data = context.data if context.data is not None else [(program.example_args, dict(program.example_kwargs))]
+        nodes = {str(node.target): node.all_input_nodes[0] for node, _ in program.layers()}
+        sources = list(dict.fromkeys(nodes[site.path] for site in chosen))
+        found = observe(program, sources, data, progress=context.progress, axis=-1) if sources else {}
+        for site in chosen:
+            mean = found[nodes[site.path]].mean.view(-1, self.width).mean(0)
+            if float(mean.norm()) == 0:
+                context.skip(site.path, "the mean of what it is given is 0")
+            else:
+                context.edit.replace_layer(site.path, _directed(site, mean / mean.norm()))
+
+    def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
+        """That of the linear layer for x̂ in place of x, where the weight's is concerned."""
+        ((path, layer),) = part.new.items()
+        made: Any = layer
+        v, (x,), (dy,) = made.direction.double(), inputs, grad_outputs
+        sub = x.reshape(-1, x.shape[-1] // len(v), len(v))
+        restored = ((sub * v).sum(-1, keepdim=True) * v).flatten(1)
+        rows = dy.reshape(-1, dy.shape[-1])
+        is_transposed = isinstance(layer, TransposedLinear)
+        dw = rows.t() @ restored
+        parameters = {f"{path}.weight": dw.t() if is_transposed else dw}
+        if made.bias is not None:
+            parameters[f"{path}.bias"] = rows.sum(0)
+        return [dy @ (made.weight.t() if is_transposed else made.weight)], parameters
+
+
+def _directed(site: LinearSite, direction: torch.Tensor) -> nn.Module:
+    weight = site.layer.weight
+    kind = VeLoRATransposedLinear if isinstance(site.layer, TransposedLinear) else VeLoRALinear
+    return like(site.layer, kind, direction=direction.to(weight.device, weight.dtype))

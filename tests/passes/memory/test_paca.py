@@ -1,0 +1,93 @@
+"""paca and merge-paca: the models the kit tries them on, the gradient of the columns, what is kept, and back again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewrite
+from tests.passes.table import Row
+
+ROWS = [
+    Row("paca{rank=8}", "gpt2", 8),
+    Row("paca{rank=8 where=layers.0.*}", "vit", 6),
+    Row("paca", "vit", 0, near_miss={"layers.0.mlp.fc1": "it has no more than 64 inputs"}),
+    Row("merge-paca", "vit", 6, after="paca{rank=8 where=layers.0.*}"),
+    Row("merge-paca", "vit", 0),
+]
+
+X = torch.randn(10, 24)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.Dropout(0.1), nn.Linear(32, 48), nn.Dropout(0.1), nn.Linear(48, 4))
+
+
+def test_only_the_columns_train_and_only_their_inputs_are_kept() -> None:
+    model = net()
+    program = rewrite.apply(model, "paca{rank=5}", args=(X,))
+    trained = {name for name, p in program.module.named_parameters() if p.requires_grad}
+    assert trained == {"0.weight", "0.bias", "2.columns", "4.columns"}
+    assert torch.equal(program.module.eval()(X), model.eval()(X))
+    before, after = rewrite.memory(model, (X,)).bytes, rewrite.memory(program).bytes
+    assert before - after == 10 * (32 + 48 - 5 - 5) * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradients_are_those_of_the_columns(dtype: torch.dtype) -> None:
+    model = net().to(dtype).eval()
+    program = rewrite.apply(model, "paca{rank=5}", args=(X.to(dtype),))
+    module, x = program.module.eval(), X.to(dtype)
+    loss, twin = module(x).square().sum(), model(x).square().sum()
+    for path in ("2", "4"):
+        layer: Any = module.get_submodule(path)
+        (got,) = torch.autograd.grad(loss, layer.columns, retain_graph=True)
+        (true,) = torch.autograd.grad(twin, model.get_submodule(path).weight, retain_graph=True)
+        assert torch.allclose(got, true[:, layer.places], rtol=1e-5 if dtype is torch.float32 else 1e-12)
+
+
+def trained(module: nn.Module) -> Tensor:
+    """The outputs after three steps on what trains."""
+    module.eval()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(X).square().sum().backward()
+        optimizer.step()
+    found: Tensor = module(X).detach()
+    return found
+
+
+def test_it_survives_every_way_that_a_model_goes_and_merges_exactly(tmp_path: Path) -> None:
+    model = net()
+    program = rewrite.apply(model, "paca{rank=5}", args=(X,))
+    wanted = trained(copy.deepcopy(program.module))
+    grafted = rewrite.graft(program, model)
+    torch.save(grafted, tmp_path / "net.pt")
+    forms: dict[str, Any] = {
+        "loaded": rewrite.load(rewrite.save(program, tmp_path / "net.pt2")).module,
+        "pickled": torch.load(tmp_path / "net.pt", weights_only=False),
+        "captured again": rewrite.capture(copy.deepcopy(grafted), (X,)).module,
+        "compiled": torch.compile(copy.deepcopy(grafted), backend="aot_eager", fullgraph=True),
+        "grafted": grafted,
+    }
+    for name, module in forms.items():
+        assert torch.equal(trained(module), wanted), name
+    merged = rewrite.apply(rewrite.capture(grafted, (X,)), "merge-paca")
+    assert torch.equal(merged.module.eval()(X), wanted)
+    assert type(merged.module.get_submodule("2")) is nn.Linear
+    assert {*merged.module.state_dict()} == {*net().state_dict()}
+
+
+def test_a_seed_draws_the_columns() -> None:
+    places = [
+        rewrite.apply(net(), f"paca{{rank=5 seed={seed}}}", args=(X,)).module.get_buffer("2.places") for seed in (0, 0, 1)
+    ]
+    assert torch.equal(places[0], places[1])
+    assert not torch.equal(places[0], places[2])

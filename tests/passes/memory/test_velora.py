@@ -1,0 +1,101 @@
+"""velora: the models the kit tries it on, its direction and formula, bytes, and what stands in its way."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewrite
+from rewrite import VerificationError
+from rewrite.passes.memory.velora import VeLoRA, VeLoRALinear
+from tests.passes.table import Row
+
+ROWS = [
+    Row("velora{width=8}", "gpt2", 8),
+    Row("velora{width=64 where=layers.0.*}", "vit", 1, near_miss={"layers.0.mlp.fc1": "64 does not divide its 32 inputs"}),
+    Row("velora", "Frozen", 0),
+]
+
+X = torch.randn(10, 24)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.Dropout(0.1), nn.Linear(32, 48), nn.Dropout(0.1), nn.Linear(48, 4))
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    module.eval()
+    return list(torch.autograd.grad(module(X).square().sum(), list(module.parameters())))
+
+
+def test_the_direction_is_the_normalized_mean_sub_token_of_the_data() -> None:
+    model = net()
+    data = [torch.randn(6, 24), torch.randn(6, 24)]
+    program = rewrite.apply(model, "velora{width=8}", args=(X,), data=data)
+    hidden = model[0](torch.cat(data))
+    mean = hidden.unflatten(-1, (-1, 8)).mean((0, 1))
+    assert torch.allclose(program.module.get_buffer("2.direction"), mean / mean.norm(), atol=1e-5)
+
+
+def test_the_gradient_is_projected() -> None:
+    """dW P with P = v vᵀ in blocks; the gradients of input and bias are exact."""
+    model = net().double()
+    program = rewrite.apply(model, "velora{width=8}", args=(X.double(),))
+    layer: Any = program.module.get_submodule("4")
+    assert type(layer) is VeLoRALinear
+    x, dy = torch.randn(7, 48, dtype=torch.float64, requires_grad=True), torch.randn(7, 4, dtype=torch.float64)
+    dx, dw, db = torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
+    v = layer.direction
+    projection = torch.block_diag(*[v[:, None] * v] * 6)
+    assert torch.allclose(dw, dy.t() @ x @ projection)
+    assert torch.allclose(dx, dy @ layer.weight)
+    assert torch.allclose(db, dy.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_number_for_each_width_is_kept(dtype: torch.dtype) -> None:
+    model, x = net().to(dtype), X.to(dtype)
+    program = rewrite.apply(model, "velora{width=8}", args=(x,))
+    before, after = rewrite.memory(model, (x,)).bytes, rewrite.memory(program).bytes
+    assert before - after == 10 * (32 + 48) * 7 // 8 * dtype.itemsize
+
+
+def test_it_survives_every_way_that_a_model_goes(tmp_path: Path) -> None:
+    model = net()
+    program = rewrite.apply(model, "velora{width=8}", args=(X,))
+    wanted = gradients(program.module)
+    grafted = rewrite.graft(program, model)
+    torch.save(grafted, tmp_path / "net.pt")
+    forms: dict[str, nn.Module] = {
+        "copied": copy.deepcopy(program.module),
+        "loaded": rewrite.load(rewrite.save(program, tmp_path / "net.pt2")).module,
+        "grafted": grafted,
+        "pickled": torch.load(tmp_path / "net.pt", weights_only=False),
+        "captured again": rewrite.capture(grafted, (X,)).module,
+        "compiled": torch.compile(copy.deepcopy(grafted), backend="aot_eager", fullgraph=True),
+    }
+    for name, module in forms.items():
+        assert all(map(torch.equal, wanted, gradients(module))), name
+    lowered: Any = rewrite.lower(program)
+    assert {*lowered.module.state_dict()} == {*model.state_dict()}
+
+
+@dataclass(frozen=True)
+class Doubled(VeLoRA):
+    """Says that the gradient is twice what it is."""
+
+    def gradient(self, *given: Any) -> Any:
+        inputs, parameters = super().gradient(*given)
+        return inputs, {name: 2 * value for name, value in parameters.items()}
+
+
+def test_a_wrong_formula_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="gradient formula"):
+        rewrite.apply(net(), [Doubled(width=8)], args=(X,), crash_folder=tmp_path)
