@@ -7,6 +7,8 @@ not here: they are part of what a file says, and stay as long as files do.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -39,6 +41,7 @@ __all__ = [
     "TrainingIRVerifier",
     "_BatchNorm",
     "_DropoutNd",
+    "compiled_within",
     "enable_python_dispatcher",
     "fake_tensors",
     "guards_code",
@@ -87,6 +90,7 @@ NAMES: dict[str, str] = {
     "torch._export.serde.serialize.serialize_tensor_meta": "tables of tensors are written as torch.export.load reads them",
     "torch._export.serde.serialize.canonicalize": "computed and dropped, at more than half of what writing an export costs",
     "torch._export.verifier.TrainingIRVerifier": "an export of this kind may write into its values, as layers do",
+    "torch._functorch.config.activation_memory_budget": "how much a compiled model may keep is set here alone",
     "torch._library.custom_ops.OPDEFS": "which module defines a custom operator, so that a reader imports it first",
     "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
     "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
@@ -181,3 +185,12 @@ def top_saved_hooks() -> tuple[Any, Any] | None:
     """The innermost hooks on saved tensors, pack and unpack; None where there are none."""
     found: tuple[Any, Any] | None = torch_c._autograd._top_saved_tensors_default_hooks(True)
     return found
+
+
+@contextlib.contextmanager
+def compiled_within(budget: float) -> Iterator[None]:
+    """Let what is compiled inside keep at most this fraction of what it would for its backward; 1.0 is no limit."""
+    from torch._functorch import config  # takes long to import, and nobody else needs it
+
+    with config.patch(activation_memory_budget=budget):
+        yield

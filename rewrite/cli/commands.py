@@ -252,16 +252,22 @@ def memory(
     data: Data = None,
     seed: Seed = 0,
     trust_pickle: TrustPickle = False,
+    baselines: Annotated[bool, typer.Option(help="Beside it checkpointing, torch.compile and its budget.")] = True,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the bytes that autograd keeps in training, before and after passes if given."""
+    """Measure the bytes that autograd keeps in training, before and after passes if given, and other ways beside it."""
     from .job import Model
     from .measured import measured, show_memory
 
     texts = _pass_texts(passes or [], pipeline)
     source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
     with _steps() as steps:
-        found = measured(source, texts, backend, data, steps)
+        found = measured(source, texts, backend, data, steps, baselines=baselines)
+    if picture is not None:
+        from .memory_picture import draw_memory
+
+        draw_memory(found, picture)
     _tell(found, as_json, show_memory)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -14,6 +14,7 @@ from .job import Model, read_data
 
 if TYPE_CHECKING:
     from rewrite.pipeline.settings import Listener
+    from rewrite.training.baselines import Ways
     from rewrite.training.saved import Memory
 
 NAMED = 8
@@ -21,9 +22,9 @@ NAMED = 8
 
 
 def measured(
-    model: Model, passes: tuple[str, ...], backend: str, data: Path | None, listener: Listener
-) -> dict[str, Memory]:
-    """The memory of a model, ``before``, and ``after`` passes if there are any.
+    model: Model, passes: tuple[str, ...], backend: str, data: Path | None, listener: Listener, *, baselines: bool = True
+) -> dict[str, Memory | Ways]:
+    """The memory of a model, ``before``, and ``after`` passes if there are any; the ``ways`` of training it side by side.
 
     Raises RewriteError where the model cannot be read, and as passes do.
     """
@@ -32,23 +33,51 @@ def measured(
     from rewrite.training.saved import memory
 
     listener("measuring")
-    found = {"before": memory(program, backend=backend, seed=model.seed)}
+    found: dict[str, Memory | Ways] = {"before": memory(program, backend=backend, seed=model.seed)}
+    after = None
     if passes:
         from rewrite.pipeline.run import apply
 
         after = apply(program, passes, seed=model.seed, data=samples, share=True, listener=listener)
         listener("measuring again")
         found["after"] = memory(after, backend=backend, seed=model.seed)
+    if baselines:
+        from rewrite.training.baselines import compared
+
+        listener("training in other ways")
+        found["ways"] = compared(program, after, seed=model.seed)
     return found
 
 
-def show_memory(console: Console, found: Mapping[str, Memory]) -> None:
-    """Two tables, the kinds and the layers that keep most, in KiB; with the ratio where there is a before and an after."""
+def memories(found: Mapping[str, Any]) -> dict[str, Memory]:
+    """What was measured before and after passes."""
+    return {name: each for name, each in found.items() if name != "ways"}
+
+
+def show_memory(console: Console, found: Mapping[str, Any]) -> None:
+    """The kinds and the layers that keep most, in KiB, with the ratio where there is a before and an after; the ways."""
+    kept = memories(found)
     for title, sums in (
-        ("kind", {name: each.by_kind() for name, each in found.items()}),
-        ("layer", {name: each.by_path() for name, each in found.items()}),
+        ("kind", {name: each.by_kind() for name, each in kept.items()}),
+        ("layer", {name: each.by_path() for name, each in kept.items()}),
     ):
-        console.print(_table(title, sums, {name: each.bytes for name, each in found.items()}))
+        console.print(_table(title, sums, {name: each.bytes for name, each in kept.items()}))
+    if "ways" in found:
+        console.print(_ways(found["ways"]))
+
+
+def _ways(ways: Ways) -> Table:
+    """A row for each way of training: what it keeps, its peak, its time."""
+    table = Table(box=box.HORIZONTALS, pad_edge=False)
+    for column in ("a step of training", "kept, KiB", "times less", "peak, KiB", "ms"):
+        table.add_column(column, justify="left" if column.startswith("a") else "right", overflow="fold")
+    for way in ways.rows:
+        if way.problem:
+            table.add_row(way.name, way.problem)
+            continue
+        less = f"{ways.rows[0].bytes / way.bytes:.2f}" if way.bytes else ""
+        table.add_row(way.name, _kib(way.bytes), less, _kib(way.peak), f"{1e3 * way.seconds:.1f}")
+    return table
 
 
 def _table(title: str, sums: Mapping[str, Mapping[str, int]], totals: Mapping[str, int]) -> Table:

@@ -124,6 +124,14 @@ def _compiled(program: Program, call: tuple[Any, Any]) -> _Ledger:
     return ledger
 
 
+def kept_bytes(module: LayerGraph, call: tuple[Any, Any], run: Callable[..., Any]) -> int:
+    """The bytes that one forward ``run(*args, **kwargs)`` of a module leaves for its backward, in training."""
+    ledger = _Ledger.of(module, call)
+    with ledger.open():
+        ledger.held = run(*call[0], **call[1])
+    return sum(count for _, count in ledger.found.values())
+
+
 def _owned(module: LayerGraph) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()

@@ -10,16 +10,40 @@ from tests.rewrite.cli.running import ESCAPE, MLP_INPUTS, fails, run
 
 
 def test_memory_before_and_after_a_pass(model: Path) -> None:
-    text = run("memory", model, *MLP_INPUTS, "--pass", "few-bit").stdout
+    text = run("memory", model, *MLP_INPUTS, "--pass", "few-bit", "--no-baselines").stdout
     assert ESCAPE not in text
     for expected in ("before, KiB", "after, KiB", "GELU", "FewBit", "LayerNorm", "times less"):
         assert expected in text
 
 
 def test_memory_as_json(model: Path) -> None:
-    found: Any = json.loads(run("memory", model, *MLP_INPUTS, "--json").stdout)
+    found: Any = json.loads(run("memory", model, *MLP_INPUTS, "--json", "--no-baselines").stdout)
     assert list(found) == ["before"]
     assert found["before"]["bytes"] == sum(each["bytes"] for each in found["before"]["kept"]) > 0
+
+
+def test_other_ways_stand_beside_it_and_a_picture_is_drawn(model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "memory.png"
+    found: Any = json.loads(run("memory", model, *MLP_INPUTS, "--pass", "few-bit", "--picture", picture, "--json").stdout)
+    assert [way["name"] for way in found["ways"]] == [
+        "eager",
+        "checkpoint per block",
+        "torch.compile",
+        "torch.compile, budget 0.5",
+        "passes",
+        "passes, torch.compile",
+    ]
+    assert not any(way["problem"] for way in found["ways"])
+    assert found["ways"][0]["bytes"] == found["before"]["bytes"]
+    assert found["ways"][4]["bytes"] == found["after"]["bytes"]
+    assert all(way["peak"] >= way["bytes"] > 0 and way["seconds"] > 0 for way in found["ways"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_another_kind_is_refused(model: Path) -> None:
+    assert fails("memory", model, *MLP_INPUTS, "--no-baselines", "--picture", "memory.txt") == (
+        "a picture is written as .png, .svg, .pdf, not as memory.txt"
+    )
 
 
 def test_an_unknown_backend_is_refused(model: Path) -> None:
