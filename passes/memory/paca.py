@@ -168,8 +168,6 @@ class MergePaCA(Pass):
         for site in context.choose(found.values(), self.where):
             axis = 0 if isinstance(site.layer, TransposedLinear) else 1
             merge = functools.partial(_merged, places=site.layer.places.clone(), axis=axis)
+            context.edit.replace_layer(site.path, site.layer.bare())
             weight = f"{site.path}.weight"
             context.edit.set_parameter(weight, merge, weight, f"{site.path}.columns")
-            made = program.module.get_submodule(site.path)
-            assert isinstance(made, _Partial)
-            context.edit.replace_layer(site.path, made.bare())

@@ -244,9 +244,9 @@ class Editor:
     def set_parameter(self, path: str, value: torch.Tensor | Compute, *sources: str) -> None:
         """Set the parameter or buffer at ``path``, to a tensor or to ``value(*sources)``; all places that share it follow.
 
-        Given as a function of other parameters (their names as they are now), the change can be proven: the proof
-        evaluates it in float64 and pulls gradients back to the sources. It then may have another shape, and one that is
-        not there yet is made, as a parameter if a source is one.
+        Given as a function of other parameters (their names as they are now, or were in a layer that was replaced), the
+        change can be proven: the proof evaluates it in float64 and pulls gradients back to the sources. It then may have
+        another shape, and one that is not there yet is made, as a parameter if a source is one.
 
         Raises RewriteError where there is no such layer, and no such parameter either unless ``value`` is a function.
         """
@@ -506,6 +506,9 @@ class Editor:
 
     def _tensor(self, path: str) -> torch.Tensor:
         found = attribute(self.program.module, path)
+        for change in self.changes:  # or one that a layer held which was replaced
+            if not isinstance(found, torch.Tensor) and change.old is not None and path.startswith(f"{change.path}."):
+                found = attribute(change.old, path.removeprefix(f"{change.path}."))
         if not isinstance(found, torch.Tensor):
             raise RewriteError(f"there is no parameter or buffer {path}")
         return found

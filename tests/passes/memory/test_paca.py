@@ -14,10 +14,10 @@ import rewrite
 from tests.passes.table import Row
 
 ROWS = [
-    Row("paca{rank=8}", "gpt2", 8),
-    Row("paca{rank=8 where=layers.0.*}", "vit", 6),
+    Row("paca{rank=8}", "gpt2", 16),
+    Row("paca{rank=8 where=layers.0.*}", "vit", 12),
     Row("paca", "vit", 0, near_miss={"layers.0.mlp.fc1": "it has no more than 64 inputs"}),
-    Row("merge-paca", "vit", 6, after="paca{rank=8 where=layers.0.*}"),
+    Row("merge-paca", "vit", 12, after="paca{rank=8 where=layers.0.*}"),
     Row("merge-paca", "vit", 0),
 ]
 

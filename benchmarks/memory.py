@@ -1,0 +1,141 @@
+"""What passes of the family memory save and cost in training, beside checkpointing and the compiler.
+
+    python benchmarks/memory.py [--models vit,bert,gpt2,llama,resnet] [--dtypes float32,bfloat16] [--no-compile]
+
+One thread, random weights, two blocks (or a ResNet-18 on small images), no dropout. A step is one forward and the gradient
+of all parameters, the median of three. Error (relative, root mean square) and cosine are those of the gradients of the
+parameters that both models have, against eager's in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+import rewrite
+from rewrite.proof.estimate import nearness
+from rewrite.torch_private import pytree
+from rewrite.training.baselines import Way, compared
+
+WIDTH, HEADS, LAYERS, TOKENS, BATCH = 128, 4, 2, 128, 8
+CHEAP = "recompute{where='re:norm|ln_|LayerNorm|act'}"
+PIPELINES = [
+    "few-bit",
+    "few-bit{method=approx-bp}",
+    "share-norm",
+    CHEAP,
+    "recompute",
+    "compress-activations",
+    "compress-activations{groups=heads}",
+    "compress-activations{format=fp8 group=16}",
+    "compress-activations{bits=4}",
+    "compress-activations{bits=auto average=4}",
+    "randomized-linear",
+    "velora",
+    f"{CHEAP},compress-activations",
+    "share-norm,few-bit,compress-activations",
+    "fit-memory{budget=0.5}",
+    "fit-memory{budget=0.25}",
+    "fit-memory{budget=0.1}",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="vit,bert,gpt2,llama,resnet")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {platform.machine()}, one thread; width {WIDTH}, {LAYERS} blocks, {BATCH} x {TOKENS}")
+    for name in options.models.split(","):
+        for dtype in options.dtypes.split(","):
+            table(name, getattr(torch, dtype), compiled=not options.no_compile)
+
+
+def table(name: str, dtype: torch.dtype, *, compiled: bool) -> None:
+    """A row for each baseline and each pipeline."""
+    model, inputs = made(name)
+    model = model.to(dtype).eval()
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    program = rewrite.capture(model, (), inputs)
+    columns = ("", "kept, KiB", "times less", "peak, KiB", "ms", "error", "cosine")
+    print(f"\n### {name}, {dtype}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    ways = compared(program, compiled=compiled).rows
+    exact = gradients(program.module, inputs)
+    for way in ways:
+        print(row(way.name, way, ways[0], ""), flush=True)
+    for text in PIPELINES:
+        try:
+            after = rewrite.apply(program, text, data=[inputs], verify=False)
+        except rewrite.RewriteError as error:
+            print(f"| `{text}` | {str(error)[:90]} | | | | | |", flush=True)
+            continue
+        if not any(record.changed for record in after.history):
+            continue
+        _, _, way = compared(program, after, compiled=False).rows
+        print(row(f"`{text}`", way, ways[0], near(exact, gradients(after.module, inputs))), flush=True)
+
+
+def row(name: str, way: Way, eager: Way, near: str) -> str:
+    if way.problem:
+        return f"| {name} | {way.problem[:80]} | | | | | |"
+    kept = f"{way.bytes / 1024:,.0f} | {eager.bytes / max(way.bytes, 1):.2f} | {way.peak / 1024:,.0f}"
+    return f"| {name.replace('|', chr(92) + '|')} | {kept} | {1e3 * way.seconds:.0f} | {near or ' | '} |"
+
+
+def gradients(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By name, of the mean square of all outputs, in training."""
+    module.train()
+    torch.manual_seed(0)
+    outputs = [t for t in pytree.tree_leaves(module(**inputs)) if isinstance(t, Tensor) and t.requires_grad]
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    loss = torch.stack([t.float().square().mean() for t in outputs]).sum()
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
+
+
+def near(exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
+    shared = [n for n in exact if n in got and got[n].shape == exact[n].shape]
+    error, cosine = nearness(*(torch.cat([g[n].flatten().double() for n in shared]) for g in (exact, got)))
+    return f"{error:.1e} | {cosine:.4f}"
+
+
+def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with random weights, and inputs."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    tokens = {"input_ids": torch.randint(5, 500, (BATCH, TOKENS))}
+    model: Any
+    if name == "vit":
+        config = transformers.ViTConfig(**sizes, **quiet, image_size=176, patch_size=16)
+        model, inputs = transformers.ViTModel(config), {"pixel_values": torch.randn(BATCH, 3, 176, 176)}
+    elif name == "bert":
+        model, inputs = transformers.BertModel(transformers.BertConfig(**sizes, **quiet, vocab_size=500)), tokens
+    elif name == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=500, n_positions=TOKENS,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        model, inputs = transformers.GPT2Model(config), tokens
+    elif name == "llama":
+        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, num_key_value_heads=HEADS, vocab_size=500))
+        inputs = tokens
+    else:
+        model, inputs = timm.create_model("resnet18", num_classes=10), {"x": torch.randn(BATCH, 3, 96, 96)}
+    if re.search("gpt2|llama", name):
+        model.config.use_cache = False
+    return model, inputs
+
+
+if __name__ == "__main__":
+    main()
