@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -73,7 +76,7 @@ def compared(program: Program, after: Program | None = None, *, compiled: bool =
         runs["passes"] = (after, None)
         if compiled:
             runs["passes, torch.compile"] = (after, 1.0)
-    return Ways(tuple(_measured(name, each, budget, seed) for name, (each, budget) in runs.items()))
+    return Ways(tuple(way_of(name, each, budget, seed) for name, (each, budget) in runs.items()))
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:
@@ -85,7 +88,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _without_notes(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
@@ -97,6 +100,20 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
     return highest
 
 
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """The profiler's library notes on the error stream that it begins and ends; nothing asks it not to."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _blocks(program: Program) -> Program:
     """The program with what blocks keep computed again, each block as a whole."""
     blocks = [p.path for p in places(program) if not p.is_layer and p.is_standard and not p.obstacle]
@@ -106,7 +123,8 @@ def _blocks(program: Program) -> Program:
     return made
 
 
-def _measured(name: str, program: Program, budget: float | None, seed: int) -> Way:
+def way_of(name: str, program: Program, budget: float | None = None, seed: int = 0) -> Way:
+    """One way: a program in eager mode, or compiled within ``budget`` of what the compiler would keep."""
     module = program.clone().module.train()
     step = _Step(module, (program.example_args, program.example_kwargs), seed)
     context: AbstractContextManager[Any] = nullcontext() if budget is None else compiled_within(budget)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rewrite.graph.carve import carve, free_inputs, used_outside
 from rewrite.graph.module_calls import module_calls
-from rewrite.graph.nodes import attribute
+from rewrite.graph.nodes import attribute, is_random
 from rewrite.graph.properties import Runner, Running, uncompiled
+from rewrite.numerics.randomness import draws
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def segmented(graph: Graph, running: Running, value: Mapping[str, Any]) -> Runne
             given = [values[name] for name in part.inputs]
             if part.region and torch.is_grad_enabled():
                 running.begin(part.region)
-                within = [attribute(module, path) for path in part.layers]
-                found = checkpointed(each, [layer for layer in within if isinstance(layer, nn.Module)])(module, *given)
+                found_layers = (attribute(module, path) for path in part.layers)
+                within = [layer for layer in found_layers if isinstance(layer, nn.Module)]
+                random = _is_random(part, within)
+                found = checkpointed(each, within, random=random)(module, *given)
             else:
                 found = each(module, *given)
             values.update(zip(part.outputs, (found,) if len(part.outputs) == 1 else found, strict=True))
@@ -88,14 +91,22 @@ def segmented(graph: Graph, running: Running, value: Mapping[str, Any]) -> Runne
     return forward
 
 
-def checkpointed(run: Runner, layers: Sequence[nn.Module]) -> Runner:
-    """``run`` by ``torch.utils.checkpoint``; a second forward draws what the first drew, and leaves buffers as they are."""
+def _is_random(part: Segment, layers: Sequence[nn.Module]) -> bool:
+    """Whether a segment may draw: if not, no state of a generator is kept for it."""
+    return any(is_random(node) for node in part.graph.nodes) or any(draws(x) and getattr(x, "p", 1.0) for x in layers)
+
+
+def checkpointed(run: Runner, layers: Sequence[nn.Module], *, random: bool = True) -> Runner:
+    """``run`` by ``torch.utils.checkpoint``; a second forward draws what the first drew, and leaves buffers as they are.
+
+    With ``random`` False nothing draws.
+    """
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), _unwritten(layers)
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=random, **kwargs)
 
     return uncompiled(again)
 

@@ -40,11 +40,11 @@ class Block(nn.Module):
 
 
 def test_checkpoints_keep_what_blocks_are_given() -> None:
-    """4 blocks of [32, 64]; the first one's input is that of the layer before, which nobody else keeps."""
+    """4 blocks of [512, 64]; the first one's input is that of the layer before, which nobody else keeps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), Block(), Block(), Block(), Block())
-    program = rewrite.capture(model, (torch.randn(32, 64),))
+    program = rewrite.capture(model, (torch.randn(512, 64),))
     eager, checkpoints = compared(program, compiled=False).rows
     assert eager.bytes == rewrite.memory(program).bytes
-    assert checkpoints.bytes == 4 * 32 * 64 * 4
+    assert checkpoints.bytes == 4 * 512 * 64 * 4
     assert checkpoints.bytes < checkpoints.peak < eager.peak
