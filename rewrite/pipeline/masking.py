@@ -71,6 +71,14 @@ def masked(layer: nn.Module, mask: torch.Tensor) -> nn.Module:
     return like(layer, kind, mask=mask)
 
 
+def unmasked(layer: nn.Module) -> nn.Module:
+    """A masked layer without its mask: the weight as it is."""
+    kind = next(base for base, made in MASKED.items() if type(layer) is made)
+    made = like(layer, kind)
+    del made._buffers["mask"]
+    return made
+
+
 def random_mask(weight: torch.Tensor, density: float, seed: str) -> torch.Tensor:
     """A mask of a weight's shape with round(density · n) ones, at positions drawn from the text ``seed``."""
     if weight.is_meta:
