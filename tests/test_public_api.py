@@ -30,6 +30,7 @@ SIGNATURES = {
     "prove": ["before", "after", "*", "contract=", "seed="],
     "depth": ["program", "data", "*", "dependency=", "progress=", "seed="],
     "heal": ["new", "teacher", "data", "*", "steps=", "loss=", "seed=", "checkpoint="],
+    "expand_state": ["optimizer_state", "old", "new"],
     "memory": ["model", "args=", "kwargs=", "*", "backend=", "seed="],
     "get_pass": ["name"],
     "pass_names": [],
