@@ -3,9 +3,11 @@ model side by side in one worker."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -64,3 +66,28 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this test run share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_onnx_functions() -> Iterator[None]:
+    """torch fills its table of ONNX functions anew for every export, a fifth of its time: a worker fills it once."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        fill = ONNXRegistry.from_torchlib
+    except (ImportError, AttributeError):  # it is torch's own, and may go
+        yield
+        return
+    filled: dict[Any, Any] = {}
+
+    def from_torchlib(*args: Any, **kwargs: Any) -> Any:
+        key = (args, tuple(sorted(kwargs.items())))
+        if key not in filled:
+            filled[key] = fill(*args, **kwargs)
+        table = copy.copy(filled[key])
+        table.functions = {name: [*metas] for name, metas in table.functions.items()}
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", from_torchlib)
+        yield
