@@ -25,6 +25,7 @@ from .saved import kept_bytes
 BUDGET = 0.5
 """Of ``activation_memory_budget``, which tells the compiler how much it may keep."""
 ROUNDS = 3
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Ways:
         return [row.to_json() for row in self.rows]
 
 
-def compared(program: Program, after: Program | None = None, *, compiled: bool = True, seed: int = 0) -> Ways:
+def compared(
+    program: Program, after: Program | None = None, *, compiled: bool = True, seed: int = 0, clock: Clock = time.perf_counter
+) -> Ways:
     """The program as it is, with each block under ``torch.utils.checkpoint``, compiled, compiled with half the memory; and
     ``after`` passes, eager and compiled.
 
@@ -76,7 +79,7 @@ def compared(program: Program, after: Program | None = None, *, compiled: bool =
         runs["passes"] = (after, None)
         if compiled:
             runs["passes, torch.compile"] = (after, 1.0)
-    return Ways(tuple(way_of(name, each, budget, seed) for name, (each, budget) in runs.items()))
+    return Ways(tuple(way_of(name, each, budget, seed, clock) for name, (each, budget) in runs.items()))
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:
@@ -123,7 +126,7 @@ def _blocks(program: Program) -> Program:
     return made
 
 
-def way_of(name: str, program: Program, budget: float | None = None, seed: int = 0) -> Way:
+def way_of(name: str, program: Program, budget: float | None = None, seed: int = 0, clock: Clock = time.perf_counter) -> Way:
     """One way: a program in eager mode, or compiled within ``budget`` of what the compiler would keep."""
     module = program.clone().module.train()
     step = _Step(module, (program.example_args, program.example_kwargs), seed)
@@ -137,9 +140,9 @@ def way_of(name: str, program: Program, budget: float | None = None, seed: int =
             kept = kept_bytes(module, step.arguments, step.call)
             seconds = []
             for _ in range(ROUNDS):
-                began = time.perf_counter()
+                began = clock()
                 step()
-                seconds.append(time.perf_counter() - began)
+                seconds.append(clock() - began)
             return Way(name, kept, peak_of(step, step.device), sorted(seconds)[ROUNDS // 2])
         except Exception as error:  # a compiler that fails on a model is a row that says so
             return Way(name, problem=named_line(error))
