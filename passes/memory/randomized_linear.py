@@ -76,7 +76,8 @@ class RandomizedLinearPass(Pass):
     S has k = ratio · n rows for the n rows of x, and E[Sᵀ S] = k I: the mean of dW is exact, as are the gradients of input
     and bias. Kept are S x and a seed, from which S is drawn again; each step has another one, and the forward draws what it
     would. A single draw is noisy, and the noisier the more tokens there are that have little to do with each other. A layer
-    is left alone, with the reason, where its weight is shared, and where another one keeps what it is given.
+    is left alone, with the reason, where its weight is shared, where another one keeps what it is given, and where the sketches
+    of all layers that are given the same take no less.
 
     Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers" (arXiv 2201.13195).
     """
@@ -95,8 +96,9 @@ class RandomizedLinearPass(Pass):
     def run(self, program: Program, context: Context) -> None:
         found = lone_linears(program, (RandomizedLinear, RandomizedTransposedLinear))
         for salt, site in enumerate(context.choose(found, self.where)):
-            if site.obstacle:
-                context.skip(site.path, site.obstacle)
+            large = f"the sketches of {site.company} layers with one input are no smaller" * (site.company * self.ratio >= 1)
+            if site.obstacle or large:
+                context.skip(site.path, site.obstacle or large)
             else:
                 context.edit.replace_layer(site.path, self._layer(site, salt))
 
@@ -115,7 +117,7 @@ def linear_gradient(part: Part, x: torch.Tensor, dy: torch.Tensor) -> Any:
     made: Any = layer
     rows, given = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     is_transposed = isinstance(layer, TransposedLinear)
-    weight = made.weight.t() if is_transposed else made.weight
+    weight = made.weight.detach().t() if is_transposed else made.weight.detach()
     dw = rows.t() @ given
     found = {f"{path}.weight": dw.t() if is_transposed else dw}
     if made.bias is not None:

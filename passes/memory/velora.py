@@ -120,7 +120,8 @@ class VeLoRA(Pass):
         parameters = {f"{path}.weight": dw.t() if is_transposed else dw}
         if made.bias is not None:
             parameters[f"{path}.bias"] = rows.sum(0)
-        return [dy @ (made.weight.t() if is_transposed else made.weight)], parameters
+        weight = made.weight.detach()
+        return [dy @ (weight.t() if is_transposed else weight)], parameters
 
 
 def _directed(site: LinearSite, direction: torch.Tensor) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,13 @@ from .kept import keeper
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear layer, or why its input is kept anyway (``obstacle``)."""
+    """A linear layer, or why its input is kept anyway (``obstacle``); ``company`` layers with it are given that input."""
 
     path: str
     types: tuple[str, ...]
     layer: Any
     obstacle: str = ""
+    company: int = 1
 
 
 def lone_linears(program: Program, done: Sequence[type[nn.Module]] = ()) -> list[LinearSite]:
@@ -37,11 +39,18 @@ def lone_linears(program: Program, done: Sequence[type[nn.Module]] = ()) -> list
             calls.setdefault(str(node.target), []).append(node)
             layers[str(node.target)] = layer
     every = {node for nodes in calls.values() for node in nodes}
+    readers = Counter(node.all_input_nodes[0] for node in every)
     names: dict[int, list[str]] = {}
     for name, parameter in program.module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [
-        LinearSite(path, (type(layer).__name__,), layer, _obstacle(program, path, layer, calls[path], every, names))
+        LinearSite(
+            path,
+            (type(layer).__name__,),
+            layer,
+            _obstacle(program, path, layer, calls[path], every, names),
+            readers[calls[path][0].all_input_nodes[0]],
+        )
         for path, layer in layers.items()
         if type(layer) not in done and layer.weight.requires_grad
     ]

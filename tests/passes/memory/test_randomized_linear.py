@@ -17,7 +17,12 @@ from tests.passes.table import Row
 
 ROWS = [
     Row("randomized-linear{ratio=0.5}", "gpt2", 8),
-    Row("randomized-linear{sketch=rows ratio=0.5 where=layers.0.*}", "vit", 6),
+    Row(
+        "randomized-linear{sketch=rows ratio=0.5 where=layers.0.*}",
+        "vit",
+        3,
+        near_miss={"layers.0.attention.q_proj": "no smaller"},
+    ),
     Row("randomized-linear", "Frozen", 0),
 ]
 
@@ -123,7 +128,7 @@ def test_it_survives_every_way_that_a_model_goes(tmp_path: Path) -> None:
 
 def test_under_autocast_the_forward_is_the_same() -> None:
     model = net().eval()
-    module = rewrite.apply(model, "randomized-linear{ratio=1 sketch=rows}", args=(X,)).module.eval()
+    module = rewrite.apply(model, "randomized-linear{ratio=0.98 sketch=rows}", args=(X,)).module.eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(X), module(X))
         exact, got = (torch.autograd.grad(m(X).sum(), list(m.parameters())) for m in (model, module))
