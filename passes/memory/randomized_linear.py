@@ -76,8 +76,8 @@ class RandomizedLinearPass(Pass):
     S has k = ratio · n rows for the n rows of x, and E[Sᵀ S] = k I: the mean of dW is exact, as are the gradients of input
     and bias. Kept are S x and a seed, from which S is drawn again; each step has another one, and the forward draws what it
     would. A single draw is noisy, and the noisier the more tokens there are that have little to do with each other. A layer
-    is left alone, with the reason, where its weight is shared, where another one keeps what it is given, and where the sketches
-    of all layers that are given the same take no less.
+    is left alone, with the reason, where its weight is shared, where another one keeps what it is given, and where the
+    sketches of all layers that are given the same take no less.
 
     Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers" (arXiv 2201.13195).
     """
