@@ -16,9 +16,10 @@ from rewrite.graph.nodes import tensor_value
 from rewrite.graph.tree import on_meta
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
+from rewrite.training.compressed import MOVED
 from rewrite.training.inventory import Item, by_key, inventory
 from rewrite.training.places import Place, adding, places
-from rewrite.training.planning import LOSSY, MASK, Again, Costs, Plan, Task, planned
+from rewrite.training.planning import LOSSY, MASK, MOVE, Again, Costs, Plan, Task, planned
 from rewrite.training.rates import Rates, rates
 from rewrite.training.saved import memory
 from rewrite.training.sensitivity import sensitivities
@@ -36,14 +37,14 @@ _GROUP = 256
 
 @dataclass(frozen=True)
 class FitMemory(Pass):
-    """Keep at most ``budget`` for the backward: each saved tensor is kept, computed again, or compressed to 8 or 4 bits.
+    """Keep at most ``budget`` for the backward: saved tensors stay, are computed again, compressed, or wait on the host.
 
     The budget is a fraction of what eager keeps (0.25) or bytes (4GiB). Least time without loss comes first: blocks, norms
-    and activations computed again, masks in one bit. Where that does not reach, tensors are compressed so that the gradient
-    gets least noise, and of such plans the fastest is taken: an integer program, with rates measured on this machine and the
-    noise of each tensor measured by a few backward passes (on the data's first call, or the example inputs). What the plan
-    comes to is measured, and the plan made anew while it is over. The report has a row for each tensor. A budget that
-    cannot be met is refused, with the smallest that can.
+    and activations computed again, masks in one bit, on a GPU tensors moved to the host. Where that does not reach, tensors
+    are compressed so that the gradient gets least noise, and of such plans the fastest is taken: an integer program, with
+    rates measured on this machine and the noise of each tensor measured by a few backward passes (on the data's first call,
+    or the example inputs). What the plan comes to is measured, and the plan made anew while it is over. The report has a row
+    for each tensor. A budget that cannot be met is refused, with the smallest that can.
 
     The forward is the same bit for bit, and so is the gradient where nothing had to be compressed.
 
@@ -109,7 +110,7 @@ class FitMemory(Pass):
         layers = {p: Again(p, _seconds(program, [nodes[p]], known)) for p, place in found.items() if place.is_layer}
         blocks, around = _blocks(program, [place.path for place in found.values() if not place.is_layer], known)
         noise = self._noise(program, context, items) if self.lossy else {}
-        costs = Costs(known.packing, known.masking, None, noise)
+        costs = Costs(known.packing, known.masking, known.moving, noise)
         return Task(items, layers, blocks, around, costs, _GROUP, self.min_size), found
 
     def _noise(self, program: Program, context: Context, items: Sequence[Item]) -> Mapping[tuple[str, int], float]:
@@ -126,7 +127,7 @@ class FitMemory(Pass):
         again = [found[path] for path in (*plan.blocks, *plan.layers)]
         if again or "recompute" in program.properties:
             context.edit.set_property("recompute", adding(None, again) if again else None)
-        bits = {f"{each} bits": each for each in LOSSY}
+        bits = {MOVE: MOVED, **{f"{each} bits": each for each in LOSSY}}
         chosen = {item.key: bits[c] for item, c in zip(task.items, plan.choices, strict=True) if c in bits}
         value: dict[str, Any] = {"group": _GROUP, "rounding": "stochastic", "min_size": self.min_size}
         value["bits"] = by_key(inventory(program, context.seed), chosen)

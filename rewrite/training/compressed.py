@@ -19,15 +19,18 @@ from .chain import Outer
 from .draws import move_on, peek
 from .float8 import Floats, floats, from_floats
 from .groups import Groups, Pair, as_pair, quantized, restored
+from .offload import Away, Mover, returned
 
 BITS, ROUNDINGS, FORMATS = (8, 4, 2), ("stochastic", "nearest"), ("int", "fp8")
+KEPT, MOVED = 0, -1
+"""In the place of bits: a tensor stays as it is, or waits in the host's memory."""
 _WANTED, _MORE = {"bits", "group", "rounding", "min_size"}, {"heads", "format"}
 
 
 class View(NamedTuple):
     """A tensor that is kept compressed: its storage as numbers, and how it lies in there."""
 
-    storage: Groups | Pair | Floats | ByHead
+    storage: Groups | Pair | Floats | ByHead | Away
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -56,13 +59,11 @@ def check(value: Any) -> None:
 
 
 def _are_bits(value: Any) -> bool:
-    """A number of bits for all, or one for each tensor that is compressed, in execution order; 0 keeps it, those beyond
-    have 8."""
-    return (
-        value in BITS
-        if type(value) is int
-        else isinstance(value, list | tuple) and all(each in (*BITS, 0) for each in value)
-    )
+    """A number of bits for all, or one for each tensor that is compressed, in execution order: 0 keeps it, -1 moves it to
+    the host, those beyond have 8."""
+    if type(value) is int:
+        return value in BITS
+    return isinstance(value, list | tuple) and all(each in (*BITS, KEPT, MOVED) for each in value)
 
 
 @contextmanager
@@ -148,8 +149,8 @@ class _Packer:
         self.count += 1
         if is_small:
             return None
-        if not self._bits():
-            return None
+        if self._bits() in (KEPT, MOVED):
+            return Mover(frozenset(), 1).moved(flat) if self._bits() == MOVED else None
         generator, group = self._generator(flat.device), self.value["group"]
         if self.value.get("format") == "fp8":
             return floats(flat, group, generator)
@@ -180,8 +181,8 @@ class _Packer:
 def unpacked(kept: View) -> torch.Tensor:
     """The tensor that was kept, in its layout."""
     storage = kept.storage
-    if isinstance(storage, ByHead):
-        flat = _from_heads(storage)
+    if isinstance(storage, ByHead | Away):
+        flat = _from_heads(storage) if isinstance(storage, ByHead) else returned(storage)
     else:
         flat = from_floats(storage) if isinstance(storage, Floats) else restored(storage)
     flat = flat.bool() if kept.dtype is torch.bool else flat
@@ -229,5 +230,5 @@ def _from_heads(kept: ByHead) -> torch.Tensor:
     return made
 
 
-Packed = Groups | Pair | Floats | ByHead
+Packed = Groups | Pair | Floats | ByHead | Away
 Key = tuple[int, int, torch.dtype]

@@ -44,7 +44,7 @@ def around(module: nn.Module, inputs: Sequence[torch.Tensor], value: Any) -> Ite
     if not torch.is_grad_enabled():
         yield
         return
-    owned = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers(), *inputs]}
+    owned = frozenset(t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers(), *inputs])
     mover = Mover(owned, value["min_size"])
     with saved_tensors_hooks(mover.pack, mover.unpack):
         yield
@@ -56,7 +56,7 @@ OFFLOAD = Property(around, check)
 class Mover:
     """Copies the storages of one forward, each once: a weak reference tells it from what takes its place in memory."""
 
-    def __init__(self, owned: set[int], min_size: int) -> None:
+    def __init__(self, owned: frozenset[int], min_size: int) -> None:
         self.owned, self.min_size = owned, min_size
         self.outer = Outer()
         self.known: dict[tuple[int, int, torch.dtype], tuple[StorageWeakRef, torch.Tensor]] = {}
@@ -86,5 +86,10 @@ class Mover:
     def unpack(self, kept: Any) -> torch.Tensor:
         if not isinstance(kept, Away):
             return self.outer.unpack(kept)
-        flat = kept.storage.to(kept.device, non_blocking=True)
-        return flat.as_strided(kept.size, kept.stride, kept.offset)
+        return returned(kept)
+
+
+def returned(kept: Away) -> torch.Tensor:
+    """The tensor on its device again."""
+    flat = kept.storage.to(kept.device, non_blocking=True)
+    return flat.as_strided(kept.size, kept.stride, kept.offset)

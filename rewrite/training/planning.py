@@ -124,7 +124,7 @@ class _Model:
                 kept = grouped_bytes(item.numbers, bits, self.task.group, _wide(size))
                 noise = costs.noise.get(item.key, 0.0) / (2**bits - 1) ** 2
                 made.append(self._add((f"{bits} bits", number), kept, costs.packing[bits] * item.numbers, noise, lossy=True))
-        if costs.moving is not None and large:
+        if costs.moving is not None and large and item.is_rounded:
             made.append(self._add((MOVE, number), 0, costs.moving * item.bytes))
         if item.maker in self.layer_columns:
             made.append(self._add((RECOMPUTE, number), 0, 0.0))

@@ -144,10 +144,12 @@ def _owned(module: LayerGraph) -> Iterator[torch.Tensor]:
 class _Ledger:
     """The storages that were kept, each with who kept it first; ``place`` is who runs now: path and kind.
 
-    ``held`` are the results, which hold what was kept: no address is given away twice.
+    ``held`` are the results, which hold what was kept: no address is given away twice. Only the memory of one kind of
+    ``device`` counts: what waits on the host is not kept on a GPU.
     """
 
     owned: Sequence[torch.Tensor]
+    device: str = "cpu"
     place: tuple[str, str] = ("", "")
     found: dict[int, tuple[tuple[str, str, str], int]] = field(default_factory=dict)
     held: Any = None
@@ -155,7 +157,8 @@ class _Ledger:
     @classmethod
     def of(cls, module: LayerGraph, call: tuple[Any, Any]) -> _Ledger:
         """A ledger for a call: parameters, buffers and inputs are not counted."""
-        return cls([*_owned(module), *(t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor))])
+        owned = [*_owned(module), *(t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor))]
+        return cls(owned, next((p.device.type for p in module.parameters()), "cpu"))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -174,7 +177,7 @@ class _Ledger:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                if storage.data_ptr() not in own:
+                if storage.data_ptr() not in own and tensor.device.type == self.device:
                     self.found.setdefault(storage.data_ptr(), ((*self.place, dtype), storage.nbytes()))
         return packed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 import rewrite
 from rewrite import RewriteError
 from rewrite.passes.memory.fit_memory import FitMemory
+from rewrite.training.compressed import Storages, _Packer
 from rewrite.training.inventory import Item, inventory
-from rewrite.training.planning import KEEP, MASK, RECOMPUTE, Again, Costs, Task, planned
+from rewrite.training.offload import Away
+from rewrite.training.planning import KEEP, MASK, MOVE, RECOMPUTE, Again, Costs, Task, planned
 from tests.compare import captured
 from tests.passes.table import Row
 
@@ -125,6 +128,20 @@ def test_plans_by_hand() -> None:
     assert planned(given, 700).choices == [RECOMPUTE, RECOMPUTE, "4 bits", MASK]
     with pytest.raises(RewriteError, match="the smallest is 669 bytes"):
         planned(given, 100)
+
+
+def test_on_a_device_a_tensor_can_wait_on_the_host() -> None:
+    """At 1 second a byte moving is dearer than any layer, and has no loss as rounding has."""
+    given = task({"a": 5.0, "b": 5.0, "c": 1.0})
+    given = replace(given, costs=replace(given.costs, moving=1.0))
+    assert planned(given, 2000).choices == [RECOMPUTE, RECOMPUTE, MOVE, MASK]
+    packer = _Packer(Storages(frozenset()), {"bits": [-1, 0], "group": 256, "rounding": "nearest", "min_size": 1})
+    tensors = torch.randn(6, 8).t(), torch.randn(6, 8)
+    moved, kept = map(packer.pack, tensors)
+    assert type(moved.storage) is Away
+    assert moved.storage.storage.data_ptr() != tensors[0].data_ptr()
+    assert torch.equal(packer.unpack(moved), tensors[0])
+    assert kept is tensors[1]
 
 
 def test_it_survives_a_file(tmp_path: Path) -> None:

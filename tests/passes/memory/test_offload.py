@@ -25,7 +25,7 @@ def net() -> nn.Module:
 
 
 def test_a_tensor_comes_back_as_it_lay_and_a_storage_moves_once() -> None:
-    mover = Mover(set(), 1)
+    mover = Mover(frozenset(), 1)
     whole = torch.randn(6, 8)
     part = whole.t()[1:4]
     moved = [mover.moved(each) for each in (whole, part)]
