@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rewrite.analysis.carry import sizes
@@ -86,7 +86,7 @@ class FitMemory(Pass):
         task, found = self._task(program, context)
         target = budget
         for _ in range(_TRIES):
-            plan = planned(task, target, lossy=self.lossy)
+            task, plan = self._plan(program, context, task, target)
             self._carry_out(program, context, task, found, plan)
             reached = memory(program, seed=context.seed).bytes
             if reached <= budget:
@@ -109,9 +109,19 @@ class FitMemory(Pass):
         nodes = {str(node.target): node for node, _ in program.layers()}
         layers = {p: Again(p, _seconds(program, [nodes[p]], known)) for p, place in found.items() if place.is_layer}
         blocks, around = _blocks(program, [place.path for place in found.values() if not place.is_layer], known)
-        noise = self._noise(program, context, items) if self.lossy else {}
-        costs = Costs(known.packing, known.masking, known.moving, noise)
+        costs = Costs(known.packing, known.masking, known.moving, {})
         return Task(items, layers, blocks, around, costs, _GROUP, self.min_size), found
+
+    def _plan(self, program: Program, context: Context, task: Task, target: int) -> tuple[Task, Plan]:
+        """The best plan without loss; if there is none, noise is measured, and the best with least of it is taken."""
+        try:
+            return task, planned(task, target, lossy=False)
+        except RewriteError:
+            if not self.lossy:
+                raise
+        if not task.costs.noise:
+            task = replace(task, costs=replace(task.costs, noise=self._noise(program, context, task.items)))
+        return task, planned(task, target)
 
     def _noise(self, program: Program, context: Context, items: Sequence[Item]) -> Mapping[tuple[str, int], float]:
         """What each tensor's rounding adds to the gradient's variance, at 1 bit."""
