@@ -17,7 +17,7 @@ from rewrite.graph.program import LayerGraph
 from rewrite.graph.properties import Property
 
 from .chain import Outer
-from .regions import checkpointed, segmented
+from .regions import checkpointed, segmented, unwritten
 
 
 def check(value: Any) -> None:
@@ -113,7 +113,7 @@ class _Saver:
             return
         kept = tuple(self.pack(given[i]) for i in places)
         others = [None if i in places else each for i, each in enumerate(given)]
-        run = _Run(layer.forward, others, places, tuple(kwargs), _autocast(output.device.type))
+        run = _Run(layer, layer.training, others, places, tuple(kwargs), _autocast(output.device.type))
         source = Source(kept, run, _Memo())
         storage = output.untyped_storage()
         self.known[storage.data_ptr()] = (StorageWeakRef(storage), output._version, source)
@@ -141,9 +141,11 @@ class _Saver:
 
 @dataclass(frozen=True)
 class _Run:
-    """Calls a layer's forward with tensors in the places of those that it was given, without gradient."""
+    """Calls a layer's forward with tensors in the places of those that it was given: without gradient, in the mode that it
+    was in, its buffers left as they are."""
 
-    forward: Callable[..., Any]
+    layer: nn.Module
+    training: bool
     given: Sequence[Any]
     places: Sequence[int]
     keywords: tuple[str, ...]
@@ -154,8 +156,13 @@ class _Run:
         for place, tensor in zip(self.places, tensors, strict=True):
             values[place] = tensor
         count = len(values) - len(self.keywords)
-        with torch.no_grad(), self.autocast():
-            found: torch.Tensor = self.forward(*values[:count], **dict(zip(self.keywords, values[count:], strict=True)))
+        keywords = dict(zip(self.keywords, values[count:], strict=True))
+        mode, self.layer.training = self.layer.training, self.training
+        try:
+            with torch.no_grad(), self.autocast(), unwritten([self.layer]):
+                found: torch.Tensor = self.layer.forward(*values[:count], **keywords)
+        finally:
+            self.layer.training = mode
         return found
 
 

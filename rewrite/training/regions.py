@@ -97,22 +97,39 @@ def _is_random(part: Segment, layers: Sequence[nn.Module]) -> bool:
 
 
 def checkpointed(run: Runner, layers: Sequence[nn.Module], *, random: bool = True) -> Runner:
-    """``run`` by ``torch.utils.checkpoint``; a second forward draws what the first drew, and leaves buffers as they are.
+    """``run`` by ``torch.utils.checkpoint``; a second forward draws what the first drew, in its modes, and
+    leaves buffers as they are.
 
     With ``random`` False nothing draws.
     """
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), _unwritten(layers)
-
     def again(*args: Any, **kwargs: Any) -> Any:
+        modes = {part: part.training for layer in layers for part in layer.modules()}
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), _as_it_was(layers, modes)
+
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=random, **kwargs)
 
     return uncompiled(again)
 
 
 @contextmanager
-def _unwritten(layers: Sequence[nn.Module]) -> Iterator[None]:
+def _as_it_was(layers: Sequence[nn.Module], modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """In the modes of the first forward, whose buffers count."""
+    now = {part: part.training for part in modes}
+    try:
+        for part, mode in modes.items():
+            part.training = mode
+        with unwritten(layers):
+            yield
+    finally:
+        for part, mode in now.items():
+            part.training = mode
+
+
+@contextmanager
+def unwritten(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Take back what the forward writes into buffers: statistics count each batch once."""
     buffers = [buffer for layer in layers for buffer in layer.buffers()]
     before = [buffer.clone() for buffer in buffers]

@@ -124,6 +124,21 @@ def test_a_second_backward_computes_it_once_more() -> None:
     assert all(map(torch.equal, first, second))
 
 
+def test_statistics_count_once_and_the_mode_is_that_of_the_forward() -> None:
+    """A BatchNorm is computed again with the statistics of the batch, though the model is in evaluation by then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.Linear(24, 24), Block(), nn.Linear(24, 4))
+    model[3].drop.p = 0.0
+    module = rewrite.apply(model, "recompute{where=1|3}", args=(X,)).module
+    found = []
+    for each in (copy.deepcopy(model), module):
+        y = each.train()(X).square().sum()
+        each.eval()
+        found.append([*torch.autograd.grad(y, list(each.parameters())), *(b.clone() for b in each.buffers())])
+    assert all(map(torch.equal, *found))
+    assert int(found[0][-1]) == int(found[0][-4]) == 1
+
+
 class Writing(nn.Module):
     """Writes into what it is given."""
 
