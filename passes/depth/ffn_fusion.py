@@ -12,16 +12,21 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from rewrite.analysis.blocks import Block
 from rewrite.analysis.branches import Branch, branches
+from rewrite.analysis.influence import dependencies
 from rewrite.analysis.norms import norm_of
+from rewrite.analysis.windows import cut
 from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
+from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.tree import names_of_tensors
 from rewrite.pipeline.numbers import numbers
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.registry import get_pass
 from rewrite.proof.contract import CLOSE, NEW, SAME, Contract
+from rewrite.torch_private import _DropoutNd
 
 from .parallel_block import ShareNorms
 
@@ -42,6 +47,10 @@ class FFNFusion(Pass):
     norm serves all; the projections become one: up and gate below each other, down side by side, biases added, under the
     names of the run's first FFN. Drop attention first: a run is of FFNs that nothing else stands between.
 
+    With data a run longer than `window`, or one of FFNs that depend on each other, is cut by M_ij = 1 - mean cos(h_j, h_j
+    without i), h what an FFN adds: into as few parts as can be, of least Σ M_ij within them, none with an M_ij above
+    `dependency`. Without data it is cut at `window`.
+
     Left alone, with the reason: norms after the addition, FFNs unlike each other, dropout inside an FFN.
 
     Source: Bercovich et al., "FFN Fusion: Rethinking Sequential Computation in Large Language Models" (arXiv 2503.18908),
@@ -51,6 +60,9 @@ class FFNFusion(Pass):
     name = "ffn-fusion"
     where: str = option(AUTO, "numbers of the layers, as `rewrite show` counts them: '1,2' or '4-8'; auto: all but the last")
     window: int = option(4, "the most FFNs that are fused into one", at_least=2)
+    dependency: float = option(
+        0.5, "with data: the largest M_ij of FFNs that are fused; 0 independent, 1 unlike", at_least=0
+    )
     bound: float = option(1.0, "largest error of what an FFN reads, relative, root mean square", above=0, finite=True)
 
     def __post_init__(self) -> None:
@@ -69,7 +81,8 @@ class FFNFusion(Pass):
         chosen = tuple(range(last)) if self.where == AUTO else numbers(self.where)
         if ffns and chosen and chosen[-1] > last:
             raise RewriteError(f"where={self.where}: the model has FFNs in layers 0 to {last}")
-        fused = [run for run in _runs(ffns, chosen, self.window, _Finder(program), context) if len(run) > 1]
+        rows = [run for run in _runs(ffns, chosen, _Finder(program), context) if len(run) > 1]
+        fused = [part for run in rows for part in self._parts(run, program, context) if len(part) > 1]
         if not fused:
             return []
         text = ";".join(",".join(b.path for b in run) for run in fused)
@@ -78,6 +91,20 @@ class FFNFusion(Pass):
         affine = "|".join(norm.path for norm in norms if norm.weight is not None or norm.bias is not None)
         fold = [get_pass("fold-affine")(where=affine)] if affine else []
         return [_Beside(text, self.bound), *fold, ShareNorms(layers), _Widen(text)]
+
+    def _parts(self, run: Sequence[Branch], program: Program, context: Context) -> Iterator[Sequence[Branch]]:
+        """A run, cut by data where there is some, else at the window."""
+        matrix = [[0.0] * len(run)] * len(run)
+        if context.data is not None:
+            blocks = [Block(b.layer, b.other, b.addition, (b,)) for b in run]
+            matrix = [[*row] for row in dependencies(program, blocks, context.data, context.seed)]
+        for start, end in cut(matrix, self.window, self.dependency):
+            within = [matrix[i][j] for i in range(start, end) for j in range(i + 1, end)]
+            if within and context.data is not None:
+                context.measure(run[start].path, FFNs=end - start, largest=max(within), sum=sum(within))
+            elif not within:
+                context.skip(run[start].path, "no FFN of its run is left for it, or depends on it, or it on them, too much")
+            yield run[start:end]
 
 
 class FFN(NamedTuple):
@@ -109,7 +136,7 @@ class _Finder:
             reason = self._linear(node)
             if reason:
                 return reason
-        rest = [n for n in branch.nodes if n not in (*first, down, *branch.norms)]
+        rest = [n for n in branch.nodes if n not in (*first, down, *branch.norms) and not self._is_off(n)]
         acts = [n for n in rest if n in branch.parts.activations]
         products = [n for n in rest if packet(n) is aten.mul]
         if any(rate for _, rate in branch.dropouts) or any(self._drops(n) for n in rest):
@@ -126,6 +153,8 @@ class _Finder:
         layers = [[self.program.layer(n) for n in (*f.first, f.down)] for f in (a, b)]
         if len(a.first) != len(b.first):
             return "one is gated and the other is not"
+        if any(type(x) is not type(y) for x, y in zip(*layers, strict=True)):
+            return "they have other kinds of linear layers"
         if any((x.bias is None) != (y.bias is None) for x, y in zip(*layers, strict=True)):
             return "one has biases and the other has none"
         if repr(self.program.layer(a.act)) != repr(self.program.layer(b.act)):
@@ -140,20 +169,23 @@ class _Finder:
 
     def _linear(self, node: Node) -> str:
         layer = self.program.layer(node) if node.op == "call_module" else None
-        if type(layer) is not nn.Linear:
+        if layer is None or type(layer) not in (nn.Linear, TransposedLinear):
             return f"{node.target} is no plain linear layer"
         shared = any(len(self.names[id(p)]) > 1 for p in layer.parameters())
         return f"{node.target} is called or held elsewhere too" if shared or self.calls[str(node.target)] > 1 else ""
+
+    def _is_off(self, node: Node) -> bool:
+        """Whether a node is a dropout of rate 0."""
+        layer = self.program.layer(node) if node.op == "call_module" else None
+        return isinstance(layer, _DropoutNd) and layer.p == 0
 
     def _drops(self, node: Node) -> bool:
         layer = self.program.layer(node) if node.op == "call_module" else None
         return bool(getattr(layer, "p", 0.0))
 
 
-def _runs(
-    ffns: Sequence[Branch], chosen: Sequence[int], window: int, finder: _Finder, context: Context
-) -> Iterator[list[Branch]]:
-    """Runs of FFNs each of which reads the sum of the one before, cut at ``window``."""
+def _runs(ffns: Sequence[Branch], chosen: Sequence[int], finder: _Finder, context: Context) -> Iterator[list[Branch]]:
+    """Runs of FFNs each of which reads the sum of the one before."""
     run: list[FFN] = []
     for branch in ffns:
         found = finder.ffn(branch) if branch.layer in chosen else "its layer is not among those to fuse"
@@ -166,7 +198,7 @@ def _runs(
         reason = finder.like(run[-1], found) if behind else ""
         if reason:
             context.skip(branch.path, f"it stands behind {run[-1].branch.path}: {reason}")
-        if not behind or reason or len(run) == window:
+        if not behind or reason:
             yield [f.branch for f in run]
             run = []
         run.append(found)
@@ -225,7 +257,8 @@ def _widen(run: Sequence[FFN], program: Program, context: Context) -> None:
     for place, node in enumerate((*first.first, first.down)):
         paths = [str((*f.first, f.down)[place].target) for f in run]
         last = node is first.down
-        edit.set_parameter(f"{paths[0]}.weight", functools.partial(_joined, dim=int(last)), *(f"{p}.weight" for p in paths))
+        dim = int(last != isinstance(program.layer(node), TransposedLinear))  # that one has its weight [in, out]
+        edit.set_parameter(f"{paths[0]}.weight", functools.partial(_joined, dim=dim), *(f"{p}.weight" for p in paths))
         if program.layer(node).bias is not None:
             edit.set_parameter(f"{paths[0]}.bias", _summed if last else _joined, *(f"{p}.bias" for p in paths))
     edit.rewire(run[-1].branch.addition, first.branch.addition)

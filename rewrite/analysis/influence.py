@@ -94,7 +94,7 @@ def depth(
     ends: dict[Any, Any] = {(block.start, block.end): _Cosine() for block in blocks if block.start is not block.end}
     counter = _Counted(progress)
     observe(program, {**sums, **ends}, data, progress=counter, seed=seed)
-    found = _dependency(program, blocks, data, seed) if dependency else ()
+    found = dependencies(program, blocks, data, seed) if dependency else ()
     steps = critical_path(program, lambda node: depth_of(program, node))[1]
     work = critical_path(program, lambda node: flops(program, node))[1]
     return Depth(tuple(_told(block, sums, ends) for block in blocks), found, round(steps), work, counter.calls)
@@ -155,8 +155,8 @@ class _Counted:
         self.progress(done, total)
 
 
-def _dependency(program: Program, blocks: Sequence[Block], data: Any, seed: int) -> tuple[tuple[float, ...], ...]:
-    """M[i, j], from one run of each call and one more of what follows each block, that block taken out."""
+def dependencies(program: Program, blocks: Sequence[Block], data: Any, seed: int = 0) -> tuple[tuple[float, ...], ...]:
+    """M[i, j] of blocks in order, from one run of each call and one more of what follows each block, that one taken out."""
     size = len(blocks)
     cosines = {(i, j): _Cosine() for i in range(size) for j in range(i + 1, size)}
     watched = [node for block in blocks for node in (block.start, block.end)]

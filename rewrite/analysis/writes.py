@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Collection, Sequence
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch.fx import Graph, Node
 from rewrite.graph.layers import ModalOperator, TransposedLinear
 from rewrite.graph.nodes import attribute, mutated_arguments, overload
 from rewrite.graph.regions import Region
+from rewrite.torch_private import OpOverload
 
 _FRESH: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -95,17 +97,19 @@ def _aliased(module: nn.Module, node: Node, fresh: Collection[nn.Module]) -> lis
     """The inputs whose memory a node's value may share."""
     found = overload(node)
     if found is not None:
-        shared = []
-        for place, argument in enumerate(found._schema.arguments):
-            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            if argument.alias_info is not None and isinstance(value, Node):
-                shared.append(value)
-        return shared
+        values = (node.args[place] if place < len(node.args) else node.kwargs.get(name) for place, name in _aliasing(found))
+        return [value for value in values if isinstance(value, Node)]
     if node.op == "call_module" and not isinstance(layer := attribute(module, str(node.target)), Region):
         return (
             [] if isinstance(layer, _FRESH) or layer in fresh else [n for n in node.all_input_nodes if _same_shape(n, node)]
         )
     return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
+
+
+@functools.cache
+def _aliasing(operator: OpOverload) -> tuple[tuple[int, str], ...]:
+    """The arguments whose memory an operator's value may share: a schema is slow to ask, and never changes."""
+    return tuple((i, a.name) for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None)
 
 
 def _same_shape(a: Node, b: Node) -> bool:
@@ -125,5 +129,7 @@ def _written(module: nn.Module, node: Node) -> list[Node]:
 
 
 def _written_inputs(graph: Graph, module: nn.Module) -> list[int]:
+    if not any(_written(module, node) for node in graph.nodes):
+        return []
     writes = Writes(graph, module)
     return [i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if writes.into(n)]

@@ -281,6 +281,7 @@ def depth(
     data: Data = None,
     seed: Seed = 0,
     trust_pickle: TrustPickle = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell on data how much each block and branch adds, and how one depends on another."""
@@ -289,8 +290,16 @@ def depth(
 
     texts = _pass_texts(passes or [], pipeline)
     source = Model(model, tuple(inputs or ()), weights, trust_pickle, seed)
+    if picture is not None:
+        from .pictures import check_picture
+
+        check_picture(picture)
     with _steps() as steps:
         found = deep(source, texts, data, steps)
+    if picture is not None:
+        from .depth_picture import draw_depth
+
+        draw_depth(found, picture)
     _tell(found, as_json, show_depth)
 
 

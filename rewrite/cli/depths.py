@@ -56,6 +56,10 @@ def show_depth(console: Console, found: Mapping[str, Depth]) -> None:
         if 1 < len(each.dependency) <= WIDEST:
             console.print(_map(each))
         console.print(f"longest chain: {each.chain} products one after the other, {each.flops:.3g} FLOPs along the dearest")
+    if len(found) > 1:
+        before, after = found["before"], found["after"]
+        share = f", {after.flops / before.flops:.0%} of the FLOPs" if before.flops else ""
+        console.print(f"critical path: {before.chain} products before, {after.chain} after{share} along the dearest")
 
 
 def _table(found: Depth) -> Table:

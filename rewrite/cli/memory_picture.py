@@ -6,25 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rewrite.errors import RewriteError
-
 from .measured import memories
+from .pictures import check_picture, new_figure, write_picture
 
-SUFFIXES = (".png", ".svg", ".pdf")
 _KINDS = 12
 
 
 def draw_memory(found: Mapping[str, Any], file: Path) -> None:
     """Write the picture. Raises RewriteError for another kind of file, and where matplotlib is not installed."""
-    if file.suffix not in SUFFIXES:
-        raise RewriteError(f"a picture is written as {', '.join(SUFFIXES)}, not as {file.name}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RewriteError("pictures need matplotlib: pip install matplotlib") from None
+    check_picture(file)
     kept = memories(found)
     ways = [way for way in found["ways"].rows if not way.problem] if "ways" in found else []
-    figure = Figure(figsize=(9, 2 + 0.4 * (len(ways) + _KINDS)), layout="constrained")
+    figure = new_figure(9, 2 + 0.4 * (len(ways) + _KINDS))
     panels = figure.subplots(2 if ways else 1, 1, squeeze=False)[:, 0]
     kinds = list(dict.fromkeys(kind for memory in kept.values() for kind in memory.by_kind()))[:_KINDS][::-1]
     _bars(panels[0], kinds, {name: [memory.by_kind().get(k, 0) for k in kinds] for name, memory in kept.items()})
@@ -34,7 +27,7 @@ def draw_memory(found: Mapping[str, Any], file: Path) -> None:
         _bars(panels[1], [w.name for w in ordered], {"kept": [w.bytes for w in ordered], "peak": [w.peak for w in ordered]})
         panels[1].set_title("a step of training")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    write_picture(figure, file)
 
 
 def _bars(axes: Any, names: list[str], values: Mapping[str, list[int]]) -> None:

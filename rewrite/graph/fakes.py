@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, enable_python_dispatcher, pytree
+from rewrite.torch_private import FakeTensor, FakeTensorMode, OpOverload, enable_python_dispatcher
 
-from .nodes import attribute
+from .nodes import attribute, leaves
 
 
 class Fakes:
@@ -171,7 +171,7 @@ def evaluating(layer: nn.Module) -> Iterator[None]:
 
 
 def _fake_mode(values: Any) -> FakeTensorMode | None:
-    for leaf in pytree.tree_leaves(values):
+    for leaf in leaves(values):
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return None

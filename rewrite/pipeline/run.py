@@ -149,7 +149,7 @@ def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
         _together(records, settings) if settings.verify else None,
         digest(settings.data),
         records,
-        tuple(measured for r in records for measured in r.measured),
+        (*context.measured, *(measured for r in records for measured in r.measured)),
     )
     return replace(result, history=(*program.history, record))
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rewrite
 from rewrite import RewriteError, apply
+from rewrite.analysis.windows import cut
 from rewrite.errors import PipelineError
 from tests.passes.table import Row
 
@@ -24,6 +26,9 @@ ROWS = [
 
 class FFN(nn.Module):
     """x + W_2 act(W_1 N x), or with a gate."""
+
+    up: nn.Module
+    down: nn.Module
 
     def __init__(self, gated: bool = False, act: nn.Module | None = None, bias: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
@@ -85,6 +90,60 @@ def test_auto_leaves_the_last_layer_alone_and_cuts_runs_at_the_window() -> None:
     program = fused(model, "ffn-fusion{window=2}")
     assert torch.allclose(program.module(X), model.parallel(X, (0, 1), (2, 3), (4,), (5,)), atol=1e-4)
     assert [s.reason for s in program.history[0].skipped][:1] == ["its layer is not among those to fuse"]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "window", "most", "expected"),
+    [
+        ([[0] * 5] * 5, 2, 1.0, [(0, 2), (2, 4), (4, 5)]),
+        ([[0, 0.9, 0.1], [0, 0, 0.2], [0, 0, 0]], 2, 1.0, [(0, 1), (1, 3)]),
+        ([[0, 0.1, 0.1], [0, 0, 0.7], [0, 0, 0]], 3, 0.5, [(0, 2), (2, 3)]),
+        ([[0, 0.9], [0, 0]], 4, 0.5, [(0, 1), (1, 2)]),
+    ],
+)
+def test_windows_are_few_and_hold_what_depends_least(matrix: Any, window: int, most: float, expected: Any) -> None:
+    assert cut(matrix, window, most) == expected
+
+
+def test_with_data_a_run_is_cut_where_an_ffn_depends_on_the_one_before() -> None:
+    torch.manual_seed(0)
+    model = Stack(*(FFN() for _ in range(4)))
+    with torch.no_grad():  # what the second reads is what the first adds, and nearly nothing else
+        for ffn in [*model][1:5]:
+            ffn.up.weight.mul_(5)
+            ffn.down.bias.zero_()
+        model[1].down.weight.mul_(100)
+    dropped = apply(model, [], args=(X,))
+    data = [torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    matrix = rewrite.depth(dropped, data).dependency
+    assert max(matrix[0][1:]) > 0.2 > max(matrix[1][2], matrix[1][3], matrix[2][3])
+    program = apply(dropped, "ffn-fusion{where='0-3' dependency=0.2 bound=99}", data=data)
+    assert torch.allclose(program.module(X), model.parallel(X, (0,), (1, 2, 3)), atol=1e-3)
+    (measured,) = program.history[0].measured
+    assert (measured.path, measured.figures["FFNs"]) == ("2", 3)
+    assert measured.figures["largest"] == pytest.approx(max(matrix[1][2], matrix[1][3], matrix[2][3]), abs=1e-6)
+    assert any("depends on it" in s.reason for s in program.history[0].skipped)
+
+
+class ConvFFN(FFN):
+    """With GPT-2's linear layers, and dropouts that are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.up, self.down = Conv1D(16, 8), Conv1D(8, 16)
+        self.off = nn.Dropout(0.0)
+
+    def f(self, x: Tensor) -> Tensor:
+        return self.off(self.down(self.off(self.act(self.up(self.norm(x))))))  # type: ignore[no-any-return]
+
+
+def test_transposed_linear_layers_and_dropouts_of_rate_zero_are_fused() -> None:
+    model = Stack(ConvFFN(), ConvFFN())
+    program = fused(model, "ffn-fusion{where='0-1'}")
+    assert torch.allclose(program.module(X), model.parallel(X, (0, 1)), atol=1e-5)
+    assert tuple(program.module.get_parameter("1.up.weight").shape) == (8, 32)
 
 
 def _dropout() -> nn.Module:

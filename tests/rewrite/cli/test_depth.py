@@ -38,6 +38,16 @@ def test_depth_as_a_table_and_as_json(tmp_path: Path) -> None:
     assert [found[name]["chain"]["steps"] for name in ("before", "after")] == [6, 4]
 
 
+def test_depth_as_a_picture_with_the_critical_path_before_and_after(tmp_path: Path) -> None:
+    model, data = saved(tmp_path)
+    picture = tmp_path / "depth.svg"
+    common = ("depth", model, "--inputs", "2x8", "--data", data, "--trust-pickle", "-p", "drop-ffn{layers=1}")
+    assert "critical path: 6 products before, 4 after, 67% of the FLOPs" in run(*common, "--picture", picture).stdout
+    drawn = picture.read_text()
+    assert drawn.count("<image") >= 2  # a heat map before, one after
+    assert "a picture is written as .png, .svg, .pdf" in run(*common, "--picture", tmp_path / "x.txt", code=2).stderr
+
+
 def test_depth_needs_data(tmp_path: Path) -> None:
     model, _ = saved(tmp_path)
     result = run("depth", model, "--inputs", "2x8", "--trust-pickle", code=2)
