@@ -42,7 +42,7 @@ CUTS = (2, 4, 6)
 FAMILIES = (
     "dyt{calibrate=lsq}",
     "dyt",
-    "random-prune{density=0.7}",
+    "random-prune{sparsity=0.3}",
     "drop-attention{layers=auto:4}",
     "drop-blocks{layers=auto:2}",
     "parallel-block{layers='1-10'}",
@@ -260,7 +260,7 @@ def healing(options: argparse.Namespace) -> None:
     own = loss(program)
     print(f"loss {own:.3f} as it is\n\n| pass | at once | least squares alone | {options.heal} steps | won back |")
     print("| --- | --- | --- | --- | --- |")
-    for text in FAMILIES:
+    for text in options.passes.split(";"):
         changed = rewrite.apply(program, text, data=calls(0, 8), verify=False)
         lost = loss(changed)
         left = [loss(healed(changed, program, steps, 0)) for steps in (0, options.heal)]
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("depth-models"))
     parser.add_argument("--results", type=Path, default=Path("depth-quality.json"))
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--passes", default=";".join(FAMILIES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(

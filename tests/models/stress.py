@@ -467,6 +467,19 @@ class ResidualConvolutions(nn.Module):
 
 
 @stress(images)
+class TwoConvolutions(nn.Module):
+    """Two convolutions with nothing between them, and two more the second of which pads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread, self.gather = nn.Conv2d(DIM, 3, 3, padding=1), nn.Conv2d(3, DIM, (1, 2), bias=False)
+        self.act, self.first, self.second = nn.ReLU(), nn.Conv2d(DIM, DIM, 3), nn.Conv2d(DIM, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.act(self.gather(self.spread(x)))))
+
+
+@stress(images)
 class BatchNormCumulative(nn.Module):
     """`momentum=None` divides by the number of batches seen, a float read from a buffer: export fails."""
 
