@@ -75,14 +75,15 @@ def _new(block: Block, order: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _matrix(init: Init, rows: torch.Tensor, columns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A matrix whose new rows begin the pattern at the old columns, for the new ones are 0 at first, and old rows at the
-    new columns."""
+    """A matrix whose new rows begin with the old columns, for the new ones are 0 at first, and old rows with the new ones.
+
+    Each row has the pattern of its own number, so that rows that come later are others."""
     made = {"orthogonal": _orthogonal, "hadamard": _hadamard, "zero": _identity}[init](len(rows), len(columns), generator)
     found = torch.empty_like(made)
     for new in (True, False):
         those = rows if new else ~rows
         order = torch.argsort((columns if new else ~columns).int(), stable=True)
-        found[those.nonzero(), order] = made[: int(those.sum())]
+        found[those.nonzero(), order] = made[those]
     return found
 
 
