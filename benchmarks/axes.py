@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rewrite
 from rewrite.axes.analyze import analyze
-from rewrite.axes.resize import check
+from rewrite.axes.check import check
 from rewrite.errors import RewriteError, first_line
 from rewrite.graph.edit import Editor
 from tests.models import zoo

@@ -18,7 +18,6 @@ from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import attribute, literal_arguments
 
-from .analyze import analyze
 from .call import Literal, Place
 from .dims import Dim, Vector, size_of, vector_of
 from .table import Table
@@ -108,31 +107,3 @@ def _numbers(literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> Itera
                 value = size_of(literal.dim, chosen)
         if value != (list(given) if isinstance(given, list | tuple) else given):
             yield node, argument, value
-
-
-def primes(table: Table) -> dict[Dim, list[int]]:
-    """For each resizable dimension a vector of a prime length of its own, the next ones above its size."""
-    taken: set[int] = set()
-    found = {}
-    for dim in table.resizable.values():
-        size = next(n for n in range(dim.size + 1, 10**9) if n not in taken and _is_prime(n))
-        taken.add(size)
-        found[dim] = [*range(dim.size), *[-1] * (size - dim.size)]
-    return found
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % i for i in range(2, int(number**0.5) + 1))
-
-
-def check(edit: Editor) -> int:
-    """Set every resizable dimension of a program to a prime of its own and infer all values anew; how many there were.
-
-    It finds every missed tie, number and offset at once. Raises RewriteError for the first value that does not fit.
-    """
-    table = analyze(edit.program)
-    chosen = primes(table)
-    resize(edit, table, chosen)
-    edit.follow()
-    edit.revalue()
-    return len(chosen)

@@ -103,16 +103,19 @@ def _free(name: str, taken: Mapping[str, Dim]) -> str:
 def _by_structure(program: Program, notes: Notes, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:
     """What the streams and branches tell: hidden sizes, FFNs, heads."""
     flows = streams(program)
-    for stream in flows:
-        yield from _hidden(stream, values, len(flows) > 1)
-    for branch in branches(program, flows):
+    found = branches(program, flows)
+    learned = {id(branch.stream) for branch in found if branch.parts.projections or branch.parts.spatial}
+    for stream in flows:  # an activation that adds to its own input is none
+        if not learned or id(stream) in learned:
+            yield from _hidden(stream, values)
+    for branch in found:
         if branch.kind in ("attention", "cross-attention"):
             yield from _heads(branch, values)
         elif branch.kind in ("ffn", "gated ffn"):
             yield from _ffn(branch, values)
 
 
-def _hidden(stream: Stream, values: Mapping[Node, Any], several: bool) -> Iterator[tuple[Dim, str]]:
+def _hidden(stream: Stream, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:
     node, axis = next(iter(stream.values.items()))
     axes = values.get(node)
     if isinstance(axes, list) and len(axes) > axis:

@@ -26,7 +26,7 @@ def analyzed(model: Model, check: bool, listener: Listener) -> tuple[axes.Table,
     """
     program, _ = model.read(listener)
     from rewrite.axes.analyze import analyze
-    from rewrite.axes.resize import check as checked
+    from rewrite.axes.check import check as checked
     from rewrite.graph.edit import Editor
 
     listener("finding dimensions")

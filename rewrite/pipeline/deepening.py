@@ -51,7 +51,7 @@ def stacks(program: Program) -> list[Stack]:
     found: dict[str, dict[str, list[Branch]]] = {}
     for branch in branches(program):
         parent = branch.block.rpartition(".")[0]
-        if branch.block:
+        if branch.block and (branch.parts.projections or branch.parts.spatial):
             found.setdefault(parent, {}).setdefault(branch.block, []).append(branch)
     writers = Writers(program)
     return [_stack(program, writers, path, {b: tuple(own) for b, own in blocks.items()}) for path, blocks in found.items()]

@@ -91,7 +91,8 @@ def recorded(
 ) -> dict[Node, torch.Tensor]:
     """The values of the nodes for flat graph inputs, on copies of the layers (parameters shared, buffers copied).
 
-    The run ends with the last of them. Those that a branch of the mode does not reach are left out.
+    The run ends with the last of them; where they are inputs alone it goes on to the end, since these say nothing of whether
+    the program runs on them. Those that a branch of the mode does not reach are left out.
     """
     keeper = _Keeper(_layers(program.module).train(training), program, nodes)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), SeededDraws(seed), contextlib.suppress(_CompleteError):
@@ -116,10 +117,11 @@ class _Keeper(Interpreter):
     def __init__(self, root: nn.Module, program: Program, nodes: Collection[Node]) -> None:
         super().__init__(root, garbage_collect_values=True, graph=program.graph)
         self.missing = set(nodes)
+        self.whole = all(node.op == "placeholder" for node in nodes)
         self.found: dict[Node, torch.Tensor] = {}
 
     def run_node(self, n: Node) -> object:
-        if not self.missing:
+        if not self.missing and not self.whole:
             raise _CompleteError
         value: object = super().run_node(n)
         if n in self.missing:

@@ -339,3 +339,31 @@ def test_copies_that_are_refused(make: Callable[[], Program], text: str, words: 
 def test_a_tied_head_is_given_its_own_weight() -> None:
     module = apply(model(tied=True), "expand{method=clone hidden=2x untie=true}").module
     assert module.get_parameter("head.weight") is not module.get_parameter("words.weight")
+
+
+def test_a_model_that_runs_no_longer_than_its_example() -> None:
+    """The whole program is one part, and what it does not run on counts for nothing."""
+
+    class Fixed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(5, DIM)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(self.norm(x))
+
+    record = apply(Fixed(), "expand{hidden=+3}", (torch.randint(0, 11, (2, 5)),)).history[-1]
+    assert record.verification is not None
+    assert any("not on a larger size" in check.detail for check in record.verification.checks)
+
+
+def test_an_activation_that_adds_to_its_input_is_no_stream() -> None:
+    class Leaky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.softplus(x)
+
+    made = apply(block(Leaky), "expand{ffn=2x}")
+    assert made.module.get_parameter("up.weight").shape == (16, DIM)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rewrite import Program, RewriteError, capture
 from rewrite.axes.analyze import analyze
 from rewrite.axes.call import Place
-from rewrite.axes.resize import check, resize
+from rewrite.axes.check import check
+from rewrite.axes.resize import resize
 from rewrite.axes.table import Table
 from rewrite.graph.edit import Editor
 from tests.models import zoo
@@ -207,6 +208,26 @@ def test_a_rigid_dimension_is_refused_with_its_reason() -> None:
     rigid = next(d for d in table.named.values() if d.rigid)
     with pytest.raises(RewriteError, match="cannot change its size: "):
         resize(Editor(program.clone(), "grow"), table, {rigid: list(range(rigid.size + 1))})
+
+
+class Turned(nn.Module):
+    """A part of a projection as complex numbers: the part before it must leave an even stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 12), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain, turned = self.first(x).split([4, 8], -1)
+        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
+        return self.last(self.second(x).relu()).sum() + plain.sum() + torch.view_as_real(pairs).sum()
+
+
+def test_the_dimension_at_fault_is_named() -> None:
+    program = capture(Turned(), (torch.randn(3, 4),))
+    (name,) = (n for n, d in analyze(program).resizable.items() if d.size == 4)
+    with pytest.raises(RewriteError, match=rf"^{name}: .*stride divisible by 2"):
+        check(Editor(program.clone(), "check"))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
