@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rewrite.pipeline.context import Context
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_TRIES = 3
+_TRIES = 6
 _GROUP = 256
 
 
@@ -91,7 +91,7 @@ class FitMemory(Pass):
             reached = memory(program, seed=context.seed).bytes
             if reached <= budget:
                 break
-            target -= reached - budget
+            target -= max(reached - budget, budget // 50)
         else:
             raise RewriteError(
                 f"{self.text}: the best plan that was found keeps {reached:,} bytes, {reached / eager:.3f} of eager"

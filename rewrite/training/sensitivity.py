@@ -4,7 +4,7 @@ A tensor rounded at random to b bits has an error of variance ∝ 1 / (2^b - 1)�
 variance. In backward pass k tensor l is restored with r_kl δ_l, r random signs and δ_l its error at PROBE bits: the gradient
 moves by D_k = Σ_l r_kl A_l with A_l = J_l δ_l. Errors of different tensors are independent, A_l · A_m = 0 in the mean, so
 D_j · D_k = Σ_l r_jl r_kl |A_l|²: K passes give K (K + 1) / 2 equations for the |A_l|², solved by least squares with no
-|A_l|² below 0.
+|A_l|² below 0, and taken to be larger by two standard errors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from .groups import as_pair, quantized, restored
 PROBE = 4
 """The bits at which errors are tried."""
 _GROUP = 256
-_SPARE = 4
+_SPARE = 8
+_SURE = 2.0
+"""How many standard errors are added to what was found, so that no tensor passes for insensitive by chance."""
 _NUMBERS = 2**16
 """How many numbers of a parameter's gradient are looked at, evenly spread."""
 
@@ -73,18 +75,22 @@ def _measured(module: LayerGraph, inputs: Sequence[Any], min_size: int, seed: in
         for row in signs:
             noisy.signs = dict(zip(large, row.tolist(), strict=True))
             moves.append(_gradient(loss, trained) - exact)
-        for place, square in zip(large, separated(signs.double(), torch.stack(moves)), strict=True):
-            costs[place] = square * (2**PROBE - 1) ** 2
+        squares, deviation = separated(signs.double(), torch.stack(moves))
+        for place, square in zip(large, squares, strict=True):
+            costs[place] = (square + _SURE * deviation) * (2**PROBE - 1) ** 2
     return [Sensitivity(size, cost) for size, cost in zip(noisy.sizes, costs, strict=True)]
 
 
-def separated(signs: torch.Tensor, moves: torch.Tensor) -> list[float]:
-    """The |A_l|² of ``moves`` [K, M] = ``signs`` [K, L] A, for A [L, M] whose rows are perpendicular in the mean."""
+def separated(signs: torch.Tensor, moves: torch.Tensor) -> tuple[list[float], float]:
+    """The |A_l|² of ``moves`` [K, M] = ``signs`` [K, L] A, for A [L, M] whose rows are perpendicular in the mean; the
+    standard error of one, by what the equations are off."""
     products = (moves @ moves.t()).double()
     first, second = torch.triu_indices(len(signs), len(signs)).unbind()
     design = (signs[first] * signs[second]).numpy()
-    found, _ = nnls(design, products[first, second].numpy(), maxiter=50 * design.shape[1])
-    return [float(value) for value in np.asarray(found)]
+    found, off = nnls(design, products[first, second].numpy(), maxiter=50 * design.shape[1])
+    equations, unknown = design.shape
+    deviation = float(off) / math.sqrt(max(equations - unknown, 1)) / math.sqrt(equations)
+    return [float(value) for value in np.asarray(found)], deviation
 
 
 def _projected(outputs: Any, generator: torch.Generator) -> torch.Tensor | None:

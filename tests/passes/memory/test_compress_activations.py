@@ -267,7 +267,8 @@ def test_squares_are_separated_from_signed_sums() -> None:
     rows = torch.linalg.qr(torch.randn(50, 12, generator=generator, dtype=torch.float64))[0].t()
     sizes = torch.rand(12, generator=generator, dtype=torch.float64)
     signs = 2.0 * torch.randint(2, (9, 12), generator=generator) - 1.0
-    found = separated(signs.double(), signs.double() @ (sizes[:, None].sqrt() * rows))
+    found, deviation = separated(signs.double(), signs.double() @ (sizes[:, None].sqrt() * rows))
+    assert deviation < 1e-10
     assert torch.allclose(torch.tensor(found, dtype=torch.float64), sizes, atol=1e-10)
 
 
