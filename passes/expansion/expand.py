@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from rewrite.axes.analyze import analyze
+from rewrite.axes.channels import channels_obstacle, channels_of
 from rewrite.axes.cloning import COPIED, copies_of, copy_obstacle, prepare_copies, untied
-from rewrite.axes.copies import copy_units
+from rewrite.axes.copies import Copies, copy_units
 from rewrite.axes.fills import Init
 from rewrite.axes.growth import grow
 from rewrite.axes.kinds import KINDS, group_of, growth_of, obstacle, of_kind, prepare
@@ -63,6 +64,9 @@ class Expand(Pass):
     and eps of norms change by q D / D'. ``method=clone`` (HyperCloning) takes whole factors; N is ``snr`` decibels below the
     weight, without it there is none and copies stay alike. Layers are as before.
 
+    ``method=net2net channels=2x`` copies the channels and hidden units of convolutional nets and MLPs, through BatchNorm,
+    concatenations, residual sums and depthwise convolutions; what reads the copies is split as with lemon.
+
     Refused where every place has an obstacle, by name: a dimension that cannot change, or whose entries meet each other in
     a norm or a softmax; head_dim under rotary embeddings or QK-norm; hidden under LayerNorm (run `rmsnorm` first) or where
     it is the model's output; heads that are no multiple of the group; layers of Post-LN models; a size below today's; by
@@ -70,7 +74,8 @@ class Expand(Pass):
 
     Source: Gesmundo and Maile, Composable Function-preserving Expansions for Transformer Architectures, 2023
     (arXiv 2308.06103), which leaves eps as it is; Wu et al., LLaMA Pro, ACL 2024; Wang et al.,
-    LEMON, ICLR 2024; Samragh et al., Scaling Smart (HyperCloning), 2024.
+    LEMON, ICLR 2024; Samragh et al., Scaling Smart (HyperCloning), 2024;
+    Chen et al., Net2Net, ICLR 2016, section 2.1.
     """
 
     name = "expand"
@@ -79,7 +84,8 @@ class Expand(Pass):
     head_dim: str = option("", "size of a head's queries and keys")
     value_dim: str = option("", "size of a head's values")
     hidden: str = option("", "size of the stream")
-    method: Literal["pad", "lemon", "clone"] = option("pad", "pad: zeros; lemon, clone: copies of units, split by readers")
+    channels: str = option("", "size of the channels and hidden units of convolutional nets and MLPs (method=net2net)")
+    method: Literal["pad", "lemon", "clone", "net2net"] = option("pad", "pad: zeros; others: copies, split by readers")
     snr: float | None = option(None, "how far copies are apart, in decibels below the weights: none for clone, 0 for lemon")
     untie: bool = option(False, "let a tied head have a weight of its own, where copies ask for it")
     layers: str = option("", "number of blocks in each list of them")
@@ -89,9 +95,12 @@ class Expand(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for kind in (*KINDS, "layers"):
+        for kind in (*KINDS, "layers", "channels"):
             if getattr(self, kind):
                 check_size(getattr(self, kind), f"expand: {kind}")
+        net2net = self.method == "net2net"
+        if bool(self.channels) != net2net or (net2net and any(getattr(self, kind) for kind in (*KINDS, "layers"))):
+            raise RewriteError("expand: channels and method=net2net go together, without other sizes: use several passes")
         if self.method != "pad" and (self.head_dim or self.value_dim):
             raise RewriteError(f"expand: method={self.method} copies {', '.join(COPIED)}; longer heads are for method=pad")
 
@@ -101,6 +110,8 @@ class Expand(Pass):
     def steps(self, program: Program, context: Context) -> Sequence[Pass]:
         """Wider first, then deeper: each is proven by itself."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.method == "net2net":
+            return [_Copying(**options)]
         parts = [_Wider(**{**options, "layers": ""}), _Deeper(**{**options, **dict.fromkeys(KINDS, "")})]
         sites = [part.sites(program) for part in parts]
         chosen = [any(self.where.matches(s.path, s.types) and not s.reason for s in own) for own in sites]
@@ -184,6 +195,28 @@ class _Wider(_Part):
             near = wanted + group - wanted % group
             raise RewriteError(f"expand: {wanted} heads ({name}) are no whole groups of {group} that share keys: {near} are")
         return wanted // group
+
+
+@dataclass(frozen=True)
+class _Copying(_Part):
+    """Channels and hidden units by copies, as Net2WiderNet does."""
+
+    def run(self, program: Program, context: Context) -> None:
+        table = analyze(program)
+        copies = [Copies(table.named[site.path], site.size) for site in self.chosen(program, context)]
+        noise = 1.0 if self.snr is None else 10 ** (-self.snr / 20)
+        copy_units(context.edit, table, copies, noise, torch.Generator().manual_seed(context.seed))
+
+    def sites(self, program: Program) -> list[Site]:
+        table, found = analyze(program), []
+        for name, dim in channels_of(table):
+            reason = channels_obstacle(table, dim)
+            size = dim.size if reason else grown(self.channels, name, dim.size)
+            if reason or size > dim.size:
+                found.append(Site(name, ("channels",), dim, size, reason))
+        if found and all(site.reason for site in found):
+            raise RewriteError(f"expand: channels cannot be copied ({found[0].path}): {found[0].reason}")
+        return found
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden",),
 }
 """Each kind, with the names in the table that are of it."""
-_KEEPING = frozenset({"in", "batch", "elementwise", "group"})
+KEEPING = frozenset({"in", "batch", "elementwise", "group"})
 _ALSO = {"head_dim": {"score", "scale"}, "hidden": {"norm"}}
 """How else entries of a kind may meet, since that is seen to."""
 
@@ -62,7 +62,7 @@ def obstacle(program: Program, table: Table, kind: str, name: str, dim: Dim) -> 
         )
     if dim.rigid:
         return dim.rigid
-    meeting = sorted(dim.uses - _KEEPING - _ALSO.get(kind, set()))
+    meeting = sorted(dim.uses - KEEPING - _ALSO.get(kind, set()))
     if "norm" in meeting and kind == "head_dim":
         return "queries and keys are normalized along it (QK-norm): new channels would be felt; grow value_dim or heads"
     if meeting == ["output"]:

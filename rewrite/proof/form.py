@@ -47,12 +47,16 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What one run of a form gave: output tensors, gradients by the name of a border or parameter, state afterwards."""
+    """What one run of a form gave: output tensors, gradients by the name of a border or parameter, state afterwards.
+
+    ``followed`` are buffers that are functions of old ones, after the run, with their maps.
+    """
 
     outputs: list[torch.Tensor]
     requires_grad: list[bool]
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    followed: dict[str, tuple[ParameterMap, torch.Tensor]] = field(default_factory=dict)
     inputs: list[torch.Tensor] = field(default_factory=list)
     draws: int = 0
     drawn: tuple[Drawn, ...] = ()
@@ -101,6 +105,7 @@ class Form:
             [t.requires_grad for t in found],
             gradients,
             tensors.state(),
+            {name: (made, value.detach()) for name, (made, value) in tensors.followed.items()},
             [t.detach() for t in handed],
             draws.count,
             tuple(draws.drawn),
@@ -219,6 +224,7 @@ class TensorsOf:
         self.memo: dict[int, Any] = {}
         self.leaves: dict[str, torch.Tensor] = {} if leaves is None else leaves
         self.buffers: dict[str, torch.Tensor] = {}
+        self.followed: dict[str, tuple[ParameterMap, torch.Tensor]] = {}
         self.layers: dict[str, nn.Module] = {}
         for path in dict.fromkeys(str(n.target) for n in nodes if n.op in ("call_module", "get_attr")):
             self._adopt(path)
@@ -235,7 +241,9 @@ class TensorsOf:
         return {str(n.target): self.layer(str(n.target)) for n in nodes if n.op == "call_module"}
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: t.detach() for name, t in self.buffers.items()}
+        """The buffers; what another one follows from is only read to make that."""
+        read = {source for made, _ in self.followed.values() for source in made.names}
+        return {name: t.detach() for name, t in self.buffers.items() if name not in read}
 
     def _adopt(self, path: str) -> None:
         found = attribute(self.world.module, path)
@@ -255,9 +263,12 @@ class TensorsOf:
             return
         name = self.world.names.get(id(tensor), path)
         made = self.world.maps.get(name)
-        self.memo[id(tensor)] = (
-            self._leaf(name, tensor) if made is None else _cast(made.evaluate(self._source), self.setting)
-        )
+        if made is None:
+            self.memo[id(tensor)] = self._leaf(name, tensor)
+            return
+        value = self.memo[id(tensor)] = _cast(made.evaluate(self._source), self.setting)
+        if not isinstance(tensor, nn.Parameter):
+            self.followed[name] = made, value
 
     def _source(self, name: str) -> torch.Tensor:
         origin = self.world.origin

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rewrite.graph.maps import ParameterMap
 from rewrite.numerics.compare import FLOOR, TOLERANCE, relative_error
 
 from .form import Outcome
@@ -54,6 +55,7 @@ def gap(old: Outcome, new: Outcome, *, gradients: bool = True) -> Gap:
         return Gap(problem=problem)
     outputs = max(map(relative_error, old.outputs, new.outputs), default=0.0)
     state = {name: _state_error(old.state[name], new.state[name]) for name in old.state.keys() & new.state.keys()}
+    state |= {name: _followed_error(old, *pair) for name, pair in new.followed.items()}
     errors = _gradient_errors(old, new) if gradients else {}
     worst = max(errors, key=lambda name: errors[name], default="")
     state_error = max(state.values(), default=0.0)
@@ -113,6 +115,17 @@ def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float
 
 def _state_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return 0.0 if a.shape == b.shape and torch.equal(a, b) else relative_error(a, b)
+
+
+def _followed_error(old: Outcome, made: ParameterMap, value: torch.Tensor) -> float:
+    """A buffer that follows from old ones has to do so after the run too: relative to its size, or to a share of the largest
+    buffer's, since a mean that is 0 but for rounding is rounded by each form in its own way."""
+    if not all(name in old.state for name in made.names):
+        return 0.0
+    expected = made.evaluate(old.state.__getitem__).double()
+    distance, own = float((expected - value.double()).norm()), float(expected.norm())
+    scale = max((float(t.double().norm()) for t in old.state.values() if t.is_floating_point()), default=0.0)
+    return distance / max(own, FLOOR * scale) if distance else 0.0
 
 
 def excess(truth: Outcome, old: Outcome, new: Outcome, eps: float) -> Gap:

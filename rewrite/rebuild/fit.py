@@ -40,7 +40,8 @@ def fit_class(program: Program) -> Fitted:
     """The settings with which a program's own class is it. Raises RewriteError, with the reason, where there are none."""
     if on_meta(program.module):
         raise RewriteError("it has no values to compare: it is on the meta device")
-    maker = maker_of(program.origin.home)
+    before = dict(program.origin.parameter_shapes)
+    maker = maker_of(program.origin.home, before)
     moved = scattered(program, seed=0)
 
     def differs(edits: Edits) -> Distance:
@@ -49,7 +50,6 @@ def fit_class(program: Program) -> Fitted:
         except Exception as error:  # the class's own code, with settings that do not go together
             return Distance(float("inf"), f"and raises {named_line(error)}")
 
-    before = dict(program.origin.parameter_shapes)
     edits = fitting(maker, before, shapes_of(program.module), _sizes(program), differs)
     return Fitted(maker, edits)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from rewrite.sources.compat import import_mended
 from rewrite.sources.configs import is_config
 
 from .settings import Path, edited, leaves
-from .skeleton import Arguments, Asked, without_values
+from .skeleton import Arguments, Asked, Shapes, shapes_built, without_values
 
 
 class Maker(Protocol):
@@ -31,14 +31,15 @@ class Maker(Protocol):
         ...
 
 
-def maker_of(home: Home | None) -> AnyMaker:
-    """How a program's class is built. Raises RewriteError, with the reason, where that is not known."""
+def maker_of(home: Home | None, before: Shapes) -> AnyMaker:
+    """How a program's class is built, whose parameters had the shapes ``before``. Raises RewriteError, with the reason,
+    where that is not known."""
     if home is None:
         raise RewriteError("it comes from a file, which does not tell how its class is built")
     if is_config(home.settings.get("config")) and hasattr(home.kind, "from_pretrained"):
         return ByConfig.of(home)
     name = _timm_name(home)
-    return ByName.of(home, name) if name else ByClass.of(home)
+    return ByName.of(home, name, before) if name else ByClass.of(home)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ByName:
     defaults: Mapping[str, Any]
 
     @classmethod
-    def of(cls, home: Home, name: str) -> ByName:
+    def of(cls, home: Home, name: str, before: Shapes) -> ByName:
         arguments = Arguments(home.kind)
         bare = cls(home.kind, name, {}, {})
         try:
@@ -96,8 +97,8 @@ class ByName:
         except Exception as error:
             raise RewriteError(f"timm cannot build {name} again: {named_line(error)}") from None
         plain = {k: v for k, v in arguments.found.items() if _is_plain(v) and k not in ("args", "kwargs")}
-        own = {k: v for k, v in home.settings.items() if k in plain and _is_plain(v) and v is not None and v != plain[k]}
-        return cls(home.kind, name, own, plain)
+        named = {k: v for k, v in home.settings.items() if k in plain and _is_plain(v) and v is not None and v != plain[k]}
+        return cls(home.kind, name, _given(named, lambda own: cls(home.kind, name, own, plain).build({}), before), plain)
 
     @property
     def settings(self) -> Mapping[Path, Any]:
@@ -149,6 +150,22 @@ class ByClass:
 
     def build(self, edits: Mapping[Path, Any]) -> nn.Module:
         return self.kind(**self.arguments(edits))
+
+
+def _given(named: Mapping[str, Any], build: Callable[[Mapping[str, Any]], nn.Module], before: Shapes) -> dict[str, Any]:
+    """Which attributes of an instance are what its class was called with: those that bring the shapes nearer to its own."""
+    found: dict[str, Any] = {}
+
+    def far(own: Mapping[str, Any]) -> float:
+        shapes = shapes_built(lambda: build(own))
+        return float("inf") if shapes is None else sum(shapes.get(name) != shape for name, shape in before.items())
+
+    nearest = far(found) if named else 0.0
+    for name, value in named.items():
+        distance = far({**found, name: value}) if nearest else nearest
+        if distance < nearest:
+            found, nearest = {**found, name: value}, distance
+    return found
 
 
 AnyMaker = ByConfig | ByName | ByClass

@@ -20,6 +20,7 @@ ROWS = [
     Row("expand{ffn=2x heads=+2}", "llama", 28, again=28),
     Row("expand{head_dim=+3}", "gpt2", 22, again=22),
     Row("expand{ffn=2x}", "resnet18", 0),
+    Row("expand{method=net2net channels=+2}", "ResidualConvolutions", 23, again=23),
 ]
 DIM, HEADS = 16, 4
 Norm = Callable[[int], nn.Module]
@@ -367,3 +368,47 @@ def test_an_activation_that_adds_to_its_input_is_no_stream() -> None:
 
     made = apply(block(Leaky), "expand{ffn=2x}")
     assert made.module.get_parameter("up.weight").shape == (16, DIM)
+
+
+class Convolutions(nn.Module):
+    """Convolutions with BatchNorm, one of them depthwise, concatenated, flattened into linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.depthwise, self.side = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(3, 6, 1)
+        self.both, self.flat, self.head = nn.Conv2d(10, 5, 1), nn.Linear(5 * 16, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.depthwise(self.bn(self.one(x)).relu()), self.side(x)], 1)
+        return self.head(self.flat(self.both(y).relu().flatten(1)).relu())
+
+
+def test_channels_are_copied_through_batch_norm_concatenation_and_depthwise_convolutions() -> None:
+    torch.manual_seed(0)
+    before = capture(Convolutions().train(), (torch.randn(4, 3, 4, 4),))
+    after = apply(before, "expand{method=net2net channels=+3}")
+    old, new = before.module.state_dict(), after.module.state_dict()
+    assert {n: tuple(t.shape) for n, t in new.items() if n.endswith("weight")} == {
+        "one.weight": (7, 3, 3, 3),
+        "bn.weight": (7,),
+        "depthwise.weight": (7, 1, 3, 3),
+        "side.weight": (9, 3, 1, 1),
+        "both.weight": (8, 16, 1, 1),
+        "flat.weight": (10, 128),
+        "head.weight": (2, 10),
+    }
+    assert torch.equal(new["one.weight"], old["one.weight"][[0, 1, 2, 3, 0, 1, 2]])
+    assert torch.equal(new["bn.running_var"], old["bn.running_var"][[0, 1, 2, 3, 0, 1, 2]])
+    reads = new["head.weight"]
+    assert torch.allclose(reads[:, :3] + reads[:, 7:], old["head.weight"][:, :3])
+    assert not torch.allclose(reads[:, :3], reads[:, 7:])
+    assert [skip.reason for skip in after.history[-1].skipped] == ["the model's output has this size"]
+
+
+def test_channels_that_meet_are_named() -> None:
+    made = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(RewriteError, match=r"channels cannot be copied .* meet in norm"):
+        apply(made, "expand{method=net2net channels=2x}", (torch.randn(4, 5),))
+    with pytest.raises(RewriteError, match="channels and method=net2net go together"):
+        apply(made, "expand{channels=2x}", (torch.randn(4, 5),))
