@@ -68,7 +68,8 @@ class Upcycle(Pass):
     the gradients of the old parameters are the same at the start. The router R is drawn from a normal distribution of
     deviation 0.02, from the seed: tokens go to different experts, which so become different in training. ``noise`` breaks
     the symmetry at once: each expert's matrices get normal noise of that share of their own deviation, and the forward is
-    close instead of the same. ``where`` chooses by the path of the FFN's module.
+    close instead of the same. With a single expert for each token its weight would be 1 whatever R is, and R would never
+    learn: ``top_k`` is 2 or more. ``where`` chooses by the path of the FFN's module.
 
     Left alone, with the reason: an FFN that is no module of its own, that drops out within, or whose weights are shared.
 
@@ -79,7 +80,7 @@ class Upcycle(Pass):
     name = "upcycle"
     inserts = (Mixture,)
     experts: int = option(8, "experts of each mixture", at_least=2)
-    top_k: int = option(2, "experts that each token goes to", at_least=1)
+    top_k: int = option(2, "experts that each token goes to", at_least=2)
     noise: float = option(0.0, "noise on the experts' matrices, as a share of their deviation", at_least=0)
     where: Selector = option(Selector("*"), "FFNs to upcycle, by their module: path glob, type:, re:, !, several with |")
 

@@ -11,7 +11,7 @@ from tests.passes.table import Row
 
 ROWS = [
     Row("upcycle{experts=3 top_k=2}", "gpt2", 28, again=0),
-    Row("upcycle{experts=2 top_k=1 noise=0.01}", "llama", 16, again=0),
+    Row("upcycle{experts=2 noise=0.01}", "llama", 16, again=0),
     Row("upcycle", "EncoderLayer", 0),
 ]
 
@@ -56,14 +56,14 @@ def test_the_mixture_by_hand_and_in_the_users_class() -> None:
 
 
 def test_experts_part_in_training() -> None:
-    module = apply(block()[1], "upcycle{experts=3 top_k=1}").module.train()
+    module = apply(block()[1], "upcycle{experts=4}").module.train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     x = torch.randn(64, 4, 6)
     for _ in range(3):
         optimizer.zero_grad()
         module(x).square().mean().backward()
         optimizer.step()
-    weights = [module.get_parameter(f"ffn.experts.{e}.up.weight") for e in range(3)]
+    weights = [module.get_parameter(f"ffn.experts.{e}.up.weight") for e in range(4)]
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
     router = module.get_parameter("ffn.router.weight").grad
     two = apply(block()[1], "upcycle{experts=3 top_k=2 noise=0.1}").module.train()
@@ -78,5 +78,7 @@ def test_what_is_left_alone_and_refused() -> None:
     record = apply(block(0.5)[1], "upcycle").history[-1]
     assert record.changes == ()
     assert "ffn.drop drops out within it" in record.skipped[0].reason
+    with pytest.raises(RewriteError, match="at least 2"):
+        apply(block()[1], "upcycle{top_k=1}")
     with pytest.raises(RewriteError, match="fewer experts than top_k"):
         apply(block()[1], "upcycle{experts=2 top_k=3}")
