@@ -124,7 +124,11 @@ def cell(name: str, program: rewrite.Program, text: str, tally: Tally) -> str:
 def without_names(reason: str) -> str:
     """A reason without what is the model's own: its last part, places left out."""
     words = reason.partition("): ")[2] or reason.partition(": ")[2]
-    return " ".join("..." if "." in word.strip(".,:;") or "_" in word else word for word in words.split())[:120]
+    kept = ("head_dim", "value_dim", "method=lemon", "untie=true")
+    words = " ".join(
+        word if word.startswith(kept) or not ("." in word.strip(".,:;") or "_" in word) else "..." for word in words.split()
+    )
+    return words[:120]
 
 
 # -------------------- a character GPT --------------------

@@ -136,8 +136,14 @@ def deepen(edit: Editor, chosen: Sequence[tuple[Stack, int]], where: Where, init
 def _ends(own: Sequence[Branch]) -> tuple[Node, Node]:
     """The values of the stream that a block begins and ends with; of parallel branches all are added, then the stream."""
     first, last, stream = own[0].starts[0], own[-1].addition, own[0].stream
-    while (sums := [u for u in last.users if u in stream.additions and first in u.all_input_nodes]) != []:
-        last = sums[0]
+    ahead = [last]
+    while ahead:  # through dropouts
+        node = ahead.pop()
+        for user in (u for u in node.users if u in stream):
+            if user not in stream.additions:
+                ahead.append(user)
+            elif first in user.all_input_nodes:
+                last, ahead = user, [user]
     while sizes(last) != sizes(first):  # it goes on in another shape
         last = next(user for user in last.users if user in stream and user not in stream.additions)
     return first, last

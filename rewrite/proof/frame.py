@@ -184,7 +184,8 @@ class _Frame:
         names = [*old._parameters, *old._buffers, *new._parameters, *new._buffers, *vars(new)] if self.known else []
         left_out = [name for name in names if _join(path, name) in self.known]
         temporary = old._non_persistent_buffers_set ^ new._non_persistent_buffers_set
-        if temporary and all(_join(path, name) in self.edits.swept for name in temporary):
+        accounted = self.edits.swept | self.edits.tensors
+        if temporary and all(_join(path, name) in accounted for name in temporary):
             left_out.append("_non_persistent_buffers_set")
         how = self.same.unlike(old, new, left_out)
         if how is not None:

@@ -412,3 +412,18 @@ def test_channels_that_meet_are_named() -> None:
         apply(made, "expand{method=net2net channels=2x}", (torch.randn(4, 5),))
     with pytest.raises(RewriteError, match="channels and method=net2net go together"):
         apply(made, "expand{channels=2x}", (torch.randn(4, 5),))
+
+
+def test_parallel_branches_are_added_up_before_the_stream() -> None:
+    class Parallel(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return x + F.dropout(self.attention(y) + self.down(F.gelu(self.up(y))), 0.1, self.training)
+
+    class Net(Model):
+        def __init__(self) -> None:
+            super().__init__(EPS)
+            self.layers = nn.ModuleList([Parallel(EPS), Parallel(EPS)])
+
+    made = apply(Net(), "expand{layers=+1}", (torch.randint(0, 11, (2, 5)),))
+    assert not made.module.get_parameter("layers.2.down.weight").any()
