@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -129,23 +129,33 @@ def _followed_error(old: Outcome, made: ParameterMap, value: torch.Tensor) -> fl
 
 
 def excess(truth: Outcome, old: Outcome, new: Outcome, eps: float) -> Gap:
-    """The new form's error against the truth where it is more than SLACK times the old one's and SLACK ulps; else none."""
+    """The new form's error against the truth where it is more than SLACK times the old one's and SLACK ulps; else none.
 
-    def beyond(kind: str) -> float:
-        mine, theirs = (_error_of(kind, truth, run) for run in (new, old))
-        return mine if mine > SLACK * theirs + SLACK * eps else 0.0
-
-    return Gap(beyond("outputs"), beyond("gradients"))
-
-
-def _error_of(kind: str, truth: Outcome, run: Outcome) -> float:
-    """The largest relative error of a run in few digits, gradients relative to the largest of them."""
-    if kind == "outputs":
-        pairs = zip(truth.outputs, run.outputs, strict=True)
-        return max((relative_error(a, b.to(a.dtype)) for a, b in pairs), default=0.0)
+    A gradient that is a sum over n positions may be off by √n / 4 times as many ulps: rounding adds up like a random walk.
+    """
+    outputs, theirs = (
+        max((relative_error(a, b.to(a.dtype)) for a, b in zip(truth.outputs, run.outputs, strict=True)), default=0.0)
+        for run in (new, old)
+    )
+    found = Gap(outputs if outputs > SLACK * theirs + SLACK * eps else 0.0)
     scale = max((float(g.abs().max()) for g in truth.gradients.values() if g is not None and g.numel()), default=0.0)
-    errors = (_distance(g, run.gradients.get(name)) for name, g in truth.gradients.items())
-    return max(errors, default=0.0) / scale if scale else 0.0
+    if not scale:
+        return found
+    positions = max((t.numel() for t in (*truth.inputs, *truth.outputs)), default=1)
+    errors = {name: _distance(g, new.gradients.get(name)) / scale for name, g in truth.gradients.items()}
+    rest = max((_distance(g, old.gradients.get(name)) / scale for name, g in truth.gradients.items()), default=0.0)
+    beyond = {
+        name: error
+        for name, error in errors.items()
+        if error > SLACK * rest + SLACK * eps * _walk(positions, truth.gradients[name])
+    }
+    return replace(found, gradients=max(beyond.values(), default=0.0))
+
+
+def _walk(positions: int, gradient: torch.Tensor | None) -> float:
+    """How many times more the rounding of a sum over so many positions is than that of one of them."""
+    count = 1 if gradient is None or not gradient.numel() else positions / gradient.numel()
+    return max(1.0, math.sqrt(count) / 4)
 
 
 def _distance(a: torch.Tensor | None, b: torch.Tensor | None) -> float:

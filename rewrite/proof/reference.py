@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -10,9 +10,11 @@ from unittest import mock
 import torch
 from torch import nn
 
+from rewrite.graph.nodes import attribute
+from rewrite.numerics.compare import same_bytes
 from rewrite.torch_private import pytree
 
-from .contract import Promising
+from .contract import NoFormulaError, Promising
 from .cuts import Cut
 from .form import Form, Setting, TensorsOf, World
 from .part import Part
@@ -31,9 +33,37 @@ class ReferenceForm(Form):
         """The outputs by the formula."""
         old = TensorsOf(self.before, self.cut.old, setting, leaves=tensors.leaves)
         part = Part(old.called(self.cut.old), tensors.called(self.cut.new))
-        with barred(part.new.values()):
-            found = self.step.formula(part, *self._ordered(values))
+        try:
+            with barred(part.new.values()):
+                found = self.step.formula(part, *self._ordered(values))
+        except NoFormulaError:
+            if not self._is_told_by_layers(part):
+                raise
+            self._put_formulas(part, tensors)
+            return super().execute(values, tensors, setting)
         return [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+
+    def _is_told_by_layers(self, part: Part) -> bool:
+        """Whether the part differs from what it was in layers alone: beside what writes in place no value can be held, so
+        that it has others in it, which are as they were."""
+        there = {(n.name, n.target) for n in self.cut.old if n.op == "call_function"}
+        functions = {(n.name, n.target) for n in self.cut.new if n.op == "call_function"}
+        return functions <= there and part.old.keys() <= part.new.keys()
+
+    def _put_formulas(self, part: Part, tensors: TensorsOf) -> None:
+        """Let each new layer among the part's be computed by the pass's formula for it alone."""
+        for path, layer in part.new.items():
+            old = part.old.get(path)
+            if not isinstance(layer, _Formula) and not self._is_as_it_was(path):
+                tensors.layers[path] = _Formula(self.step, Part({} if old is None else {path: old}, {path: layer}), layer)
+
+    def _is_as_it_was(self, path: str) -> bool:
+        """Whether a layer is of the class, with the plain attributes and the tensors, that it had before the pass."""
+        old, new = attribute(self.before.module, path), attribute(self.world.module, path)
+        if type(old) is not type(new) or _plain(old) != _plain(new):
+            return False
+        before, after = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (old, new))
+        return before.keys() == after.keys() and all(same_bytes(before[name], after[name]) for name in before)
 
     def _ordered(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The border values in the order of the arguments where the part is one call, else in that of the graph."""
@@ -44,8 +74,30 @@ class ReferenceForm(Form):
         return list(values)
 
 
+def _plain(layer: nn.Module) -> list[tuple[type[nn.Module], dict[str, str]]]:
+    """What a layer and its children are, and their attributes that are not torch's own, as text."""
+    bare = vars(nn.Module())
+    return [(type(part), {k: repr(v) for k, v in vars(part).items() if k not in bare}) for part in layer.modules()]
+
+
+class _Formula(nn.Module):
+    """Computes what the pass says that ``layer`` computes."""
+
+    step: Promising
+    part: Part
+    layer: nn.Module
+
+    def __init__(self, step: Promising, part: Part, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(step=step, part=part, layer=layer)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        with barred([self.layer]):
+            return self.step.formula(self.part, *inputs)
+
+
 @contextmanager
-def barred(layers: Iterator[nn.Module] | Any) -> Iterator[None]:
+def barred(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context, the ``forward`` of these layers' classes raises, torch's own layers left aside."""
     classes = {type(part) for layer in layers for part in layer.modules() if not _is_torch(type(part))}
     with ExitStack() as stack:

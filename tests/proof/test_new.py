@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply
+from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply, capture
 from rewrite.pipeline.context import Context
+from rewrite.pipeline.inserting import insert_behind
 
 from . import models
 from .steps import OTHER, Act, Action, Cut, replacing, step
@@ -138,3 +139,36 @@ def test_right_twins_pass(name: str, tmp_path: Path) -> None:
     record = apply(program(), RIGHT[name], crash_folder=tmp_path).history[0]
     assert record.verification is not None
     assert record.verification.passed
+
+
+class InPlace(nn.Module):
+    """a(x), to which b(x) is added in place: no value between the two can be held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y += self.b(x)
+        return y.sin()
+
+
+@pytest.mark.parametrize(("function", "right"), [(None, True), (lambda layer, x: layer.gain * x.abs() * x, False)])
+def test_a_layer_beside_what_writes_in_place_is_held_by_its_own_formula(function: Any, right: bool) -> None:
+    def action(program: Program, context: Context) -> None:
+        insert_behind(context.edit, next(n for n, _ in program.layers() if n.target == "a"), "square", Square(function))
+
+    before = capture(InPlace(), (torch.randn(3, 4),))
+    probe = step(action, OTHER, reference=square)
+    if right:
+        assert apply(before, probe).history[-1].changed
+    else:
+        with pytest.raises(VerificationError, match="formula"):
+            apply(before, probe)
+
+
+def test_the_rounding_of_a_sum_over_many_positions_breaks_no_contract() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 2)), torch.randn(2, 5000, 16)
+    for seed in range(3):
+        assert apply(model, "rep-batchnorm", args=(x,), seed=seed).history[-1].changed
