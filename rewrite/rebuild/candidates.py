@@ -22,15 +22,24 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True)
 class Edit:
-    """Another value for one setting; the lower the ``rank`` the sooner it is tried. One that ``fills`` was not given."""
+    """Another value for one setting; the lower the ``rank`` the sooner it is tried. One that ``fills`` was not given.
+
+    ``more`` are lists that follow a count: some classes are built with neither of the two alone.
+    """
 
     path: Path
     value: Any = field(hash=False)
     rank: int = 0
     fills: bool = False
+    more: tuple[tuple[Path, Any], ...] = field(default=(), hash=False)
+
+    @property
+    def values(self) -> dict[Path, Any]:
+        """Every setting that it changes, with its value."""
+        return {self.path: self.value, **dict(self.more)}
 
     def __str__(self) -> str:
-        return f"{written(self.path)}={self.value}"
+        return ", ".join(f"{written(path)}={value}" for path, value in self.values.items())
 
 
 @dataclass(frozen=True)
@@ -84,11 +93,11 @@ def _counts(shapes: Shapes) -> dict[str, int]:
 
 def candidates(settings: Mapping[Path, Any], seen: Observed, sizes: Sizes) -> list[Edit]:
     """Every edit of one setting that the observed sizes, and the others, speak for."""
-    found: dict[tuple[Path, str], Edit] = {}
+    found: dict[str, Edit] = {}
     for path, value in settings.items():
-        for edit in _for_one(path, value, seen, sizes):
+        for edit in (*_for_one(path, value, seen, sizes), *_together(path, value, settings, seen)):
             if repr(edit.value) != repr(value):
-                found.setdefault((path, repr(edit.value)), edit)
+                found.setdefault(repr(edit.values), edit)
     return sorted(found.values(), key=lambda edit: edit.rank)
 
 
@@ -105,6 +114,15 @@ def _for_one(path: Path, value: Any, seen: Observed, sizes: Sizes) -> Iterator[E
         yield from (Edit(path, int(value * r), 1) for r in seen.ratios if (value * r).denominator == 1)
         yield from (Edit(path, value + n - o, 2) for o, n in sorted(seen.counts) if value + n - o > 0)
         yield from (Edit(path, n, 4) for n in sizes.inputs if value > 1)
+
+
+def _together(path: Path, value: Any, settings: Mapping[Path, Any], seen: Observed) -> Iterator[Edit]:
+    """A count of layers with all lists of that length."""
+    for o, n in sorted(seen.counts):
+        lists = [(p, v) for p, v in settings.items() if isinstance(v, list | tuple) and len(v) == o]
+        if value == o and is_number(value) and lists:
+            longer = [[(p, type(v)(made)) for made in _lengthened(v, n)] for p, v in lists]
+            yield from (Edit(path, n, 1, more=tuple(own)) for own in zip(*longer, strict=True))
 
 
 def _for_list(path: Path, value: list[Any] | tuple[Any, ...], seen: Observed, sizes: Sizes) -> Iterator[Edit]:

@@ -112,7 +112,7 @@ class _Search:
             if score == 0 and self.tried(base, chosen, idle):
                 return _as_edits([*base, *chosen])
             for edit in order:
-                if edit not in idle and not any(_overlap(edit.path, other.path) for other in chosen):
+                if edit not in idle and not any(_overlap(edit, other) for other in chosen):
                     left = max(score - gain.get(edit, 0), 0) / max(start, 1)
                     price = sum(_USEFUL if gain.get(e, 0) > 0 else _OTHER for e in (*chosen, edit))
                     price += _RANK * sum(e.rank for e in (*chosen, edit))
@@ -161,12 +161,12 @@ class _Search:
         return f"no settings of its class give its sizes: {self.nearest[1] or 'none of them can be changed'}"
 
 
-def _overlap(one: Path, other: Path) -> bool:
-    return one[: len(other)] == other[: len(one)]
+def _overlap(one: Edit, other: Edit) -> bool:
+    return any(a[: len(b)] == b[: len(a)] for a in one.values for b in other.values)
 
 
 def _as_edits(chosen: Sequence[Edit]) -> dict[Path, Any]:
-    return {edit.path: edit.value for edit in chosen}
+    return {path: value for edit in chosen for path, value in edit.values.items()}
 
 
 def _first_wrong(shapes: Shapes, target: Shapes) -> str:

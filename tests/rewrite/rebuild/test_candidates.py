@@ -52,6 +52,8 @@ def test_a_size_a_ratio_a_count_and_a_list() -> None:
     deeper = candidates({("layers",): 2, ("kinds",): kinds}, Observed.between(BEFORE, DEEPER), Sizes())
     assert {str(edit) for edit in deeper} == {
         "layers=3",
+        "layers=3, kinds=('full', 'slide', 'full')",
+        "layers=3, kinds=('full', 'slide', 'slide')",
         "kinds=('full', 'slide', 'full')",
         "kinds=('full', 'slide', 'slide')",
     }
