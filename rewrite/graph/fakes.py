@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -55,6 +56,8 @@ def fake_value(
     args = torch.fx.map_arg(node.args, fake)
     kwargs = torch.fx.map_arg(dict(node.kwargs), fake)
     target: Any = node.target
+    if target is operator.getitem and isinstance(args[0], list | tuple):
+        return args[0][args[1]]  # looked up sooner than described
     if node.op == "call_module":
         target = attribute(module, str(node.target)) if layer is None else layer
     mode = _fake_mode([args, kwargs]) or _fake_mode([n.meta.get("val") for n in node.graph.nodes])
