@@ -6,8 +6,8 @@
 
 `quality` drops the attentions that add least, fuses the FFNs that then stand in a row, and heals; against dropping the FFNs
 that fusion takes up outright, and against deleting whole blocks one by one, each time the one whose loss is least (SLEB).
-Losses are on text held back, nats a character; latency is of one call, batch 1, the fastest tenth of bursts that take turns.
-What the results file holds already is not done again, its latencies aside.
+Losses are on text held back, nats a character; latency is of one call by ONNX Runtime, batch 1, the
+fastest tenth of bursts that take turns. What the results file holds already is not done again, its latencies aside.
 `latency` times sequential FFNs against the same side by side and as one. `healing` says how much of what a pass costs is won
 back, for a pass of each family that costs anything. Trained models are kept in a folder between runs.
 """
@@ -102,7 +102,7 @@ def quality(options: argparse.Namespace) -> None:
         model = trained(seed, options.steps, options.models)
         program = rewrite.capture(model, (calls(seed, 1)[0],))
         variants = made(program, seed)
-        times = latencies([v for _, _, v in variants], (calls(seed, 1)[0][:1],), options.rounds)
+        times = latencies([v for _, _, v in variants], (calls(seed, 1)[0][:1],), options.rounds, options.by)
         for (method, cut, variant), taken in zip(variants, times, strict=True):
             found = points.get((seed, method, cut))
             if found is None:
@@ -182,7 +182,7 @@ def picture(points: Sequence[Point], file: Path) -> None:
         ]
         axes.plot(means[0], means[1], "o--", color=f"C{color}", mfc="white", alpha=0.6, label=f"{method}, at once")
         axes.plot(means[0], means[2], "o-", color=f"C{color}", label=f"{method}, healed")
-    axes.set(xlabel="latency at batch 1, ms (eager, one thread)", ylabel="loss on text held back, nats a character")
+    axes.set(xlabel="latency at batch 1, ms (ONNX Runtime)", ylabel="loss on text held back, nats a character")
     axes.legend(fontsize=7)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("depth-models"))
     parser.add_argument("--results", type=Path, default=Path("depth-quality.json"))
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--by", default="onnxruntime", help="the backend whose latency `quality` takes")
     parser.add_argument("--passes", default=";".join(FAMILIES))
     options = parser.parse_args()
     torch.set_num_threads(1)

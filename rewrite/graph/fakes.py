@@ -53,7 +53,7 @@ def fake_value(
     def fake(source: Node) -> Any:
         return values[source] if values is not None and source in values else source.meta.get("val")
 
-    args = torch.fx.map_arg(node.args, fake)
+    args: Any = torch.fx.map_arg(node.args, fake)
     kwargs = torch.fx.map_arg(dict(node.kwargs), fake)
     target: Any = node.target
     if target is operator.getitem and isinstance(args[0], list | tuple):
