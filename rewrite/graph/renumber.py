@@ -40,12 +40,13 @@ def renumber(module: LayerGraph, names: Mapping[str, str]) -> None:
 
 def _among(module: LayerGraph, parent: str, names: Mapping[str, str]) -> None:
     """Move the children of one module."""
-    holder = attribute(module, parent)
+    holder = attribute(module, parent) if parent else module
     if not isinstance(holder, nn.Module):
         raise RewriteError(f"there is no module at {parent}")
-    children = {names.get(f"{parent}.{name}", name).rpartition(".")[2]: child for name, child in holder._modules.items()}
+    path = f"{parent}." if parent else ""
+    children = {names.get(f"{path}{name}", name).rpartition(".")[2]: child for name, child in holder._modules.items()}
     if len(children) != len(holder._modules):
-        raise RewriteError(f"two modules of {parent} would be called the same")
+        raise RewriteError(f"two modules of {parent or 'the model'} would be called the same")
     holder._modules.clear()
     holder._modules.update(children)
     in_order(holder)

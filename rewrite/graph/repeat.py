@@ -74,7 +74,7 @@ def _check_alone(edit: Editor, path: str, module: nn.Module) -> None:
 def _hang(edit: Editor, to: str, module: nn.Module) -> None:
     """Hang a module with all that is in it, each layer in the journal, and each tensor of what holds layers."""
     parent, _, name = to.rpartition(".")
-    holder = attribute(edit.program.module, parent)
+    holder = attribute(edit.program.module, parent) if parent else edit.program.module
     if not isinstance(holder, nn.Module) or name in holder._modules:
         raise RewriteError(f"{to} is not free")
     edit.hang(holder, name, module)
