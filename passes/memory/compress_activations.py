@@ -28,7 +28,8 @@ class CompressActivations(Pass):
 
     The forward is the same bit for bit; each storage is compressed once, masks to one bit. Parameters, buffers, inputs,
     integers and tensors of fewer than ``min_size`` numbers are kept as they are. With stochastic rounding the mean of the
-    restored tensors is exact, new numbers are drawn at each step, and a seed gives the same ones. It is a property of the
+    restored tensors is exact (but what lies between 0 and the first step of a group that begins at 0, as behind a ReLU, is
+    not rounded to 0), new numbers are drawn at each step, and a seed gives the same ones. It is a property of the
     program: the grafted model has it too, a lowering for inference has not.
 
     ``bits=auto`` gives each tensor 8, 4 or 2 bits, ``average`` of them at most in the mean over all numbers, so that the

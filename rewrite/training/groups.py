@@ -1,7 +1,8 @@
 """Numbers in groups, quantized: what autograd keeps as whole numbers of 8, 4 or 2 bits with a minimum and a scale a group.
 
 q = ⌊(x - min) / scale + u⌋ clamped to [0, 2^b - 1], scale = (max - min) / (2^b - 1), u = ½ or drawn from [0, 1), and back
-min + scale · q. With u drawn the mean over draws is x.
+min + scale · q. With u drawn the mean over draws is x. Where min is 0, as behind a ReLU, q is at least 1 for x > 0: its
+gradient asks which numbers are above 0, and an error of less than one step is less than that of a wrong answer.
 
 Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Architectures", ICML 2022 (arXiv 2206.11357).
 """
@@ -73,7 +74,8 @@ def quantized(flat: torch.Tensor, bits: int, group: int, generator: torch.Genera
         place += 0.5
     else:
         place += torch.rand(place.shape, generator=generator, dtype=place.dtype, device=place.device)
-    numbers = place.floor_().clamp_(0, top).to(torch.uint8)
+    from_zero = (low == 0)[:, None] & (rows > 0)  # what ReLU gives: its gradient asks which numbers are above 0
+    numbers = torch.maximum(place.floor_().clamp_(0, top), from_zero.to(place.dtype)).to(torch.uint8)
     return Groups(_joined(numbers, bits), low, scale, flat.numel(), bits, flat.dtype)
 
 

@@ -91,6 +91,16 @@ def test_the_mean_over_draws_is_the_number() -> None:
     assert bool(((stacked.mean(0) - x).abs() <= 5 * deviation + seldom).all())
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_what_is_above_0_behind_a_relu_stays_above_0(bits: int) -> None:
+    x = torch.randn(2000).relu()
+    kept = quantized(x, bits, 64, torch.Generator().manual_seed(0))
+    assert kept is not None
+    back = restored(kept)
+    assert torch.equal(back > 0, x > 0)
+    assert bool(((back - x).abs() <= x.max() / (2**bits - 1) + 1e-6).all())
+
+
 def test_extreme_numbers() -> None:
     assert quantized(torch.tensor([1.0, torch.inf] * 32), 8, 64, None) is None
     assert quantized(torch.tensor([1.0, torch.nan] * 32), 8, 64, None) is None
