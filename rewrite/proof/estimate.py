@@ -63,7 +63,7 @@ def gradient_held(
     near = error <= contract.error_bound and cosine >= contract.cosine_bound
     bounds = f"bounds {contract.error_bound:g} and {contract.cosine_bound:g}"
     coarse = max(found, key=lambda q: q.error, default=Quality(0, 0, 1, "")).where if not near else ""
-    bounds += f"; coarsest at {coarse}" * bool(coarse)
+    bounds += f"; coarsest at {coarse}: leave it out by where='!{coarse}', or keep more" * bool(coarse)
     yield Check(
         f"gradient{label}", near, f"relative error {error:.3g}, cosine {cosine:.4f} to the true one; {bounds}", error
     )
