@@ -89,5 +89,5 @@ def one_table_of_onnx_functions() -> Iterator[None]:
         return table
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
         yield
