@@ -62,12 +62,18 @@ def _topk(call: Call) -> list[Axes]:
 @rule("arange")
 def _arange(call: Call) -> Axes:
     made = Dim(call.sizes[0])
-    if not call.number("start") and call.named.get("step", 1) in (None, 1):
+    each = call.named.get("step", 1) in (None, 1)
+    if not call.number("start") and each:
         call.literal("end", None, made)
     made.use("order")
-    if call.number("end") is None or call.number("start"):
+    if call.number("end") is None or call.number("start") or not each:
         made.freeze(f"{call.node.name}: its entries are numbered")
     return [made]
+
+
+@rule("eye")
+def _eye(call: Call) -> Axes:
+    return [call.rigid(size, "its entries are numbered") for size in call.sizes]
 
 
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor")

@@ -210,6 +210,26 @@ def test_a_rigid_dimension_is_refused_with_its_reason() -> None:
         resize(Editor(program.clone(), "grow"), table, {rigid: list(range(rigid.size + 1))})
 
 
+class Sines(nn.Module):
+    """Positions by sine and cosine of every second number, added to a projection, and a table of ones on a diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1]).unsqueeze(1) / 10 ** (torch.arange(0, 8, 2) / 8)
+        return self.last(self.first(x) @ torch.eye(8) + torch.cat([angles.sin(), angles.cos()], -1))
+
+
+def test_what_is_numbered_cannot_change() -> None:
+    program = capture(Sines(), (torch.randn(3, 5, 4),))
+    table = analyze(program)
+    assert table.unknown == ()
+    assert all(d.rigid for d in table.named.values() if d.size in (4, 8))
+    assert check(Editor(program.clone(), "check")) == len(table.resizable)
+
+
 class Turned(nn.Module):
     """A part of a projection as complex numbers: the part before it must leave an even stride."""
 
