@@ -77,13 +77,15 @@ def _new(block: Block, order: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor
 def _matrix(init: Init, rows: torch.Tensor, columns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A matrix whose new rows begin with the old columns, for the new ones are 0 at first, and old rows with the new ones.
 
-    Each row has the pattern of its own number, so that rows that come later are others."""
-    made = {"orthogonal": _orthogonal, "hadamard": _hadamard, "zero": _identity}[init](len(rows), len(columns), generator)
-    found = torch.empty_like(made)
+    Each row has the pattern of its own number, so that rows that come later are others; ones stand in such columns alone.
+    """
+    found = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     for new in (True, False):
-        those = rows if new else ~rows
-        order = torch.argsort((columns if new else ~columns).int(), stable=True)
-        found[those.nonzero(), order] = made[those]
+        those, later = (rows, columns) if new else (~rows, ~columns)
+        order = torch.argsort(later.int(), stable=True)
+        count = int((~later).sum()) if init == "zero" and not bool(later.all()) else len(columns)
+        made = {"orthogonal": _orthogonal, "hadamard": _hadamard, "zero": _identity}[init](len(rows), count, generator)
+        found[those.nonzero(), order[:count]] = made[those]
     return found
 
 
