@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,7 +18,8 @@ from rewrite.axes.fills import Init
 from rewrite.axes.growth import grow
 from rewrite.axes.kinds import KINDS, group_of, growth_of, obstacle, of_kind, prepare
 from rewrite.errors import RewriteError
-from rewrite.pipeline.deepening import Where, deepen, stacks
+from rewrite.pipeline.deepening import Where, deepen, places, stacks
+from rewrite.pipeline.identities import deepen_by_identities, deepenings
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.pipeline.sizes import check_size, grown
@@ -65,7 +67,8 @@ class Expand(Pass):
     weight, without it there is none and copies stay alike. Layers are as before.
 
     ``method=net2net channels=2x`` copies the channels and hidden units of convolutional nets and MLPs, through BatchNorm,
-    concatenations, residual sums and depthwise convolutions; what reads the copies is split as with lemon.
+    concatenations, residual sums and depthwise convolutions; what reads the copies is split as with lemon. ``method=net2net
+    layers=+2`` puts identities behind activations with f(f(x)) = f(x), ReLU and its like, and each again one behind it.
 
     Refused where every place has an obstacle, by name: a dimension that cannot change, or whose entries meet each other in
     a norm or a softmax; head_dim under rotary embeddings or QK-norm; hidden under LayerNorm (run `rmsnorm` first) or where
@@ -75,7 +78,7 @@ class Expand(Pass):
     Source: Gesmundo and Maile, Composable Function-preserving Expansions for Transformer Architectures, 2023
     (arXiv 2308.06103), which leaves eps as it is; Wu et al., LLaMA Pro, ACL 2024; Wang et al.,
     LEMON, ICLR 2024; Samragh et al., Scaling Smart (HyperCloning), 2024;
-    Chen et al., Net2Net, ICLR 2016, section 2.1.
+    Chen et al., Net2Net, ICLR 2016, section 2.
     """
 
     name = "expand"
@@ -99,8 +102,10 @@ class Expand(Pass):
             if getattr(self, kind):
                 check_size(getattr(self, kind), f"expand: {kind}")
         net2net = self.method == "net2net"
-        if bool(self.channels) != net2net or (net2net and any(getattr(self, kind) for kind in (*KINDS, "layers"))):
+        if (bool(self.channels) and not net2net) or (net2net and any(getattr(self, kind) for kind in KINDS)):
             raise RewriteError("expand: channels and method=net2net go together, without other sizes: use several passes")
+        if net2net and bool(self.channels) == bool(self.layers):
+            raise RewriteError("expand: channels and method=net2net go together, or layers and it: one of the two")
         if self.method != "pad" and (self.head_dim or self.value_dim):
             raise RewriteError(f"expand: method={self.method} copies {', '.join(COPIED)}; longer heads are for method=pad")
 
@@ -111,7 +116,7 @@ class Expand(Pass):
         """Wider first, then deeper: each is proven by itself."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.method == "net2net":
-            return [_Copying(**options)]
+            return [(_Copying if self.channels else _Identities)(**options)]
         parts = [_Wider(**{**options, "layers": ""}), _Deeper(**{**options, **dict.fromkeys(KINDS, "")})]
         sites = [part.sites(program) for part in parts]
         chosen = [any(self.where.matches(s.path, s.types) and not s.reason for s in own) for own in sites]
@@ -217,6 +222,24 @@ class _Copying(_Part):
         if found and all(site.reason for site in found):
             raise RewriteError(f"expand: channels cannot be copied ({found[0].path}): {found[0].reason}")
         return found
+
+
+@dataclass(frozen=True)
+class _Identities(_Part):
+    """Identities before activations, as Net2DeeperNet does."""
+
+    def run(self, program: Program, context: Context) -> None:
+        chosen = self.chosen(program, context)
+        if chosen:
+            counts = Counter(places(len(chosen), grown(self.layers, "layers", len(chosen)) - len(chosen), self.at))
+            deepen_by_identities(context.edit, [(site.what, counts[i]) for i, site in enumerate(chosen)])
+
+    def sites(self, program: Program) -> list[Site]:
+        """The activations; raises RewriteError where there are some and none is idempotent."""
+        found = deepenings(program)
+        if found and all(site.obstacle for site in found):
+            raise RewriteError(f"expand: {found[0].path} can get no layer before it: {found[0].obstacle}")
+        return [Site(site.path, site.types, site, 1, site.obstacle) for site in found]
 
 
 @dataclass(frozen=True)

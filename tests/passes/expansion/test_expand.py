@@ -406,6 +406,38 @@ def test_channels_are_copied_through_batch_norm_concatenation_and_depthwise_conv
     assert [skip.reason for skip in after.history[-1].skipped] == ["the model's output has this size"]
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("layers=+2", [2, 2]), ("layers=2x at=end", [1, 3]), ("layers=+1 where=2", [2, 1])],
+)
+def test_identities_behind_idempotent_activations(text: str, layers: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, (1, 2), bias=False), nn.ReLU(inplace=True)),
+        *(nn.Flatten(), nn.Linear(8 * 6 * 5, 3)),
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    after = apply(model, f"expand{{method=net2net {text}}}", (x,))
+    kinds = [type(layer) for _, layer in after.layers()]
+    assert [kinds.count(nn.Hardtanh), kinds.count(nn.ReLU)] == layers
+    assert torch.allclose(after.module.eval()(x), model(x), rtol=0, atol=1e-6)
+    new = [p for name, p in after.module.named_parameters() if "deeper" in name]
+    after.module(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in new)
+
+
+def test_what_is_not_idempotent_gets_no_identities() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), torch.randn(5, 4)
+    with pytest.raises(RewriteError, match="1 can get no layer before it: GELU is not idempotent"):
+        apply(model, "expand{method=net2net layers=+1}", (x,))
+    mixed = nn.Sequential(*model[:2], nn.Linear(8, 8), nn.ReLU())
+    record = apply(mixed, "expand{method=net2net layers=+1}", (x,)).history[-1]
+    assert [skip.path for skip in record.skipped] == ["1"]
+    for text in ("method=net2net", "method=net2net channels=2x layers=+1"):
+        with pytest.raises(RewriteError, match="one of the two"):
+            apply(model, f"expand{{{text}}}", (x,))
+
+
 def test_channels_that_meet_are_named() -> None:
     made = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     with pytest.raises(RewriteError, match=r"channels cannot be copied .* meet in norm"):
