@@ -48,7 +48,7 @@ def fake_value(
     """
     known = Fakes() if known is None else known
     if node.op == "get_attr":
-        return _fake_of(attribute(module, str(node.target)), node, known)
+        return _fake_of(attribute(module, str(node.target)), node, known, values or {})
 
     def fake(source: Node) -> Any:
         return values[source] if values is not None and source in values else source.meta.get("val")
@@ -70,9 +70,9 @@ def fake_value(
     return found
 
 
-def _fake_of(held: Any, node: Node, known: Fakes) -> Any:
-    """A tensor that a graph reads, as a fake one."""
-    mode = _fake_mode([n.meta.get("val") for n in node.graph.nodes])
+def _fake_of(held: Any, node: Node, known: Fakes, values: Mapping[Node, Any]) -> Any:
+    """A tensor that a graph reads, as a fake one, of the mode of the graph's values or of those given."""
+    mode = _fake_mode([n.meta.get("val") for n in node.graph.nodes]) or _fake_mode(list(values.values()))
     if mode is None or not isinstance(held, torch.Tensor):
         return node.meta.get("val")
     with mode:

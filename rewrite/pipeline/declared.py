@@ -19,6 +19,7 @@ from typing import Any
 from .pass_ import Pass
 
 _CHEAP = (
+    "collections.abc",
     "dataclasses",
     "enum",
     "math",

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from .context import Context
 
-ALL, MIDDLE = "all", "middle"
+ALL = "all"
+MIDDLE = "middle"
 
 
 @dataclass(frozen=True)
