@@ -17,6 +17,7 @@ from rewrite.analysis.segments import Segment, best_segments
 from rewrite.analysis.sites import sites
 from rewrite.errors import RewriteError
 from rewrite.graph.nodes import tensor_value
+from rewrite.graph.tree import on_meta
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import CLOSE, NEW, Contract
@@ -66,6 +67,8 @@ class LayerMerge(Pass):
         layers = [link for run in runs for link in run]
         if not layers:
             return []
+        if on_meta(program.module):
+            raise RewriteError("layer-merge weighs convolutions by what they give: a model on the meta device has no values")
         allowed = list(_allowed(runs))
         times = {s: _time(layers[s[0] : s[1] + 1], self.latency) for s in allowed}
         errors = _errors(program, layers, allowed, context)
