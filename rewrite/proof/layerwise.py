@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from .contract import NoFormulaError, Promising
 from .cuts import Cut
 from .form import Form, Setting, TensorsOf, World
 from .part import Part
+from .reference import StandIn
 
 
 class LayerwiseForm(Form):
@@ -47,16 +47,8 @@ class LayerwiseForm(Form):
         return super().execute(values, tensors, setting)
 
 
-class _Told(nn.Module):
+class _Told(StandIn):
     """Computes what ``layer`` does, with the gradient that the pass says."""
-
-    step: Promising
-    part: Part
-    layer: nn.Module
-
-    def __init__(self, step: Promising, part: Part, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(step=step, part=part, layer=layer)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         return _ByFormula.apply(self, *inputs)

@@ -80,8 +80,8 @@ def _plain(layer: nn.Module) -> list[tuple[type[nn.Module], dict[str, str]]]:
     return [(type(part), {k: repr(v) for k, v in vars(part).items() if k not in bare}) for part in layer.modules()]
 
 
-class _Formula(nn.Module):
-    """Computes what the pass says that ``layer`` computes."""
+class StandIn(nn.Module):
+    """Stands where a new layer of a part does; neither the part nor the layer is a child of it."""
 
     step: Promising
     part: Part
@@ -90,6 +90,10 @@ class _Formula(nn.Module):
     def __init__(self, step: Promising, part: Part, layer: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(step=step, part=part, layer=layer)
+
+
+class _Formula(StandIn):
+    """Computes what the pass says that ``layer`` computes."""
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         with barred([self.layer]):
