@@ -35,9 +35,7 @@ def channels_obstacle(table: Table, dim: Dim) -> str:
         return "the model's output has this size"
     if meeting:
         return f"its entries meet in {', '.join(meeting)}: copies would be felt"
-    roles: dict[tuple[str, int], set[str]] = {}
-    for place in table.places_of(dim):
-        roles.setdefault((place.path, place.axis), set()).add(place.role)
+    roles = table.roles_of(dim)
     tied = [path for (path, _), own in roles.items() if "in" in own and own & _WRITING]
     if tied:
         return f"{tied[0]} both writes and reads it: its weight cannot be split for one of the two"

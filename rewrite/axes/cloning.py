@@ -52,10 +52,7 @@ def copy_obstacle(program: Program, table: Table, kind: str, dim: Dim, size: int
 
 def _tied(table: Table, dim: Dim) -> Iterator[str]:
     """The tensors that write and read a dimension along one axis."""
-    roles: dict[tuple[str, int], set[str]] = {}
-    for place in table.places_of(dim):
-        roles.setdefault((place.path, place.axis), set()).add(place.role)
-    yield from dict.fromkeys(name for (name, _), found in roles.items() if {"in", "out"} <= found)
+    yield from dict.fromkeys(name for (name, _), found in table.roles_of(dim).items() if {"in", "out"} <= found)
 
 
 def untied(edit: Editor, table: Table, dim: Dim) -> list[str]:

@@ -49,6 +49,13 @@ class Table:
         along: Mapping[Dim, list[Place]] = self._along  # type: ignore[attr-defined]
         return [place for atom in dim.atoms() for place in along.get(atom, ())]
 
+    def roles_of(self, dim: Dim) -> dict[tuple[str, int], set[str]]:
+        """What each axis of a tensor that lies along a dimension does there, by (path, axis)."""
+        roles: dict[tuple[str, int], set[str]] = {}
+        for place in self.places_of(dim):
+            roles.setdefault((place.path, place.axis), set()).add(place.role)
+        return roles
+
     def name_of(self, dim: Dim) -> str:
         """A dimension in words: `ffn.0`, `heads.0 x head_dim.0`, `(q + k)`."""
         return written(dim, self._names)  # type: ignore[attr-defined]
