@@ -126,16 +126,16 @@ class Forms:
             return found
         moved = [one_ulp(v.double() if v.is_floating_point() else v) for v in values]
         nudged = replace(setting, nudged=True)
-        near = [(self.old, moved, setting), (self.old, values, nudged)]
-        if max(found.outputs, found.state) <= TOLERANCE:
-            near += [(self.new, moved, setting), (self.new, values, nudged)]
-        for form, inputs, how in near:
-            plain, other = _tried(form, values, setting), _tried(form, inputs, how)
-            if isinstance(plain, Exception) or isinstance(other, Exception):
-                continue
-            noise = gap(replace(plain, inputs=[]), replace(other, inputs=[]), gradients=setting.gradients)
-            if found.largest <= tolerance((noise,)):
-                return replace(found, outputs=0.0, gradients=0.0, state=0.0)
+        forms = [self.old, *[self.new] * (max(found.outputs, found.state) <= TOLERANCE)]
+        for form in forms:
+            plain = _tried(form, values, setting)
+            for inputs, how in ((moved, setting), (values, nudged)):
+                other = _tried(form, inputs, how)
+                if isinstance(plain, Exception) or isinstance(other, Exception):
+                    continue
+                noise = gap(replace(plain, inputs=[]), replace(other, inputs=[]), gradients=setting.gradients)
+                if found.largest <= tolerance((noise,)):
+                    return replace(found, outputs=0.0, gradients=0.0, state=0.0)
         return found
 
 
