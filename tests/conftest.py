@@ -1,5 +1,5 @@
-"""What all tests need: a torchvision that the model libraries can import, few threads, the gpu marker, and tests of one
-model side by side in one worker."""
+"""What all tests need: a torchvision that the model libraries can import, few threads, the gpu marker, tests of one
+model side by side in one worker, and the same random numbers whatever ran before."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
     # a first call that captures or compiles is slow, and says nothing about the code under test
-    hypothesis.settings.register_profile("rewrite", deadline=None)
+    hypothesis.settings.register_profile("rewrite", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("rewrite")
 
 
@@ -52,6 +52,17 @@ def _model(item: pytest.Item) -> str:
     given = getattr(item, "callspec", None)
     name = given.params.get("name") if given else None
     return name if isinstance(name, str) else ""
+
+
+def pytest_collectstart() -> None:
+    """Tensors that a test module makes while it is imported are the same in every selection of tests."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on the tests before it in its worker."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

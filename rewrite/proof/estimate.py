@@ -34,7 +34,8 @@ OVERALL = 2.0
 
 @dataclass(frozen=True)
 class Quality:
-    """An estimated gradient against the true one: relative error (root mean square) and cosine, and against the formula."""
+    """An estimated gradient against the formula, and against the true one: relative error (root mean square over elements
+    and draws) and cosine (mean over draws)."""
 
     formula: float
     error: float
@@ -80,8 +81,10 @@ def _quality(cut: Cut, worlds: tuple[World, World], tape: Tape, step: Promising,
     wanted = _by_formula(cut, worlds, step, values, setting, first)
     got, spread = _mean(runs)
     true = torch.cat([_flat(truth.gradients.get(name), got[name]) for name in got] or [torch.zeros(0)])
-    mine = torch.cat([_flat(one, one) for one in _one(first, got)] or [torch.zeros(0)])
-    return Quality(_formula_error(got, wanted, spread, len(runs)), *nearness(true, mine), cut.name)
+    each = [nearness(true, torch.cat([_flat(one, one) for one in _one(run, got)] or [torch.zeros(0)])) for run in runs]
+    error = math.sqrt(sum(error**2 for error, _ in each) / len(each))
+    cosine = sum(cosine for _, cosine in each) / len(each)
+    return Quality(_formula_error(got, wanted, spread, len(runs)), error, cosine, cut.name)
 
 
 def _by_formula(

@@ -54,7 +54,7 @@ def loss(program: Program, ids: Tensor) -> Tensor:
     return F.cross_entropy(program.module(ids).flatten(0, 1), ids.roll(1, 1).flatten())
 
 
-@settings(max_examples=CASES, deadline=None, derandomize=CASES < 100, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(pipelines(), st.sampled_from([1, 2]))
 def test_any_order(pipeline: str, groups: int) -> None:
     before = small(groups)

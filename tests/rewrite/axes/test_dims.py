@@ -88,7 +88,7 @@ def test_vectors() -> None:
     assert vector_of(dim, {}) == list(range(8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(2, 5), min_size=1, max_size=4), st.data())
 def test_any_refinement_keeps_size_and_order(factors: list[int], data: st.DataObject) -> None:
     """However an atom is split and cut, its entries stay where they are."""
