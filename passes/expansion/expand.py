@@ -117,8 +117,13 @@ class Expand(Pass):
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.method == "net2net":
             return [(_Copying if self.channels else _Identities)(**options)]
-        parts = [_Wider(**{**options, "layers": ""}), _Deeper(**{**options, **dict.fromkeys(KINDS, "")})]
-        sites = [part.sites(program) for part in parts]
+        if not any(getattr(self, kind) for kind in (*KINDS, "layers")):
+            raise RewriteError(
+                f"expand: nothing is told to grow: give {', '.join(KINDS)} or layers a size, as in "
+                "expand{ffn=2x layers=+1}, or channels with method=net2net"
+            )
+        wider, deeper = _Wider(**{**options, "layers": ""}), _Deeper(**{**options, **dict.fromkeys(KINDS, "")})
+        parts, sites = [wider, deeper], [wider.sites(program, analyze(program)), deeper.sites(program)]
         chosen = [any(self.where.matches(s.path, s.types) and not s.reason for s in own) for own in sites]
         if not any(chosen):
             context.choose([s for own in sites for s in own if not s.reason], self.where)
@@ -131,13 +136,8 @@ class _Part(Expand):
 
     steps = Pass.steps
 
-    def sites(self, program: Program) -> list[Site]:
-        """The places that there are, with those that cannot grow."""
-        raise NotImplementedError
-
-    def chosen(self, program: Program, context: Context) -> list[Site]:
+    def chosen(self, sites: Sequence[Site], context: Context) -> list[Site]:
         """The places that are to grow; the others are noted."""
-        sites = self.sites(program)
         for site in sites:
             if site.reason:
                 context.skip(site.path, site.reason)
@@ -149,8 +149,8 @@ class _Wider(_Part):
     """All but layers."""
 
     def run(self, program: Program, context: Context) -> None:
-        chosen = self.chosen(program, context)
         table, edit, generator = analyze(program), context.edit, torch.Generator().manual_seed(context.seed)
+        chosen = self.chosen(self.sites(program, table), context)
         if self.method == "pad":
             growths = [(s.types[0], growth_of(program, table, s.types[0], table.named[s.path], s.size)) for s in chosen]
             for kind, growth in growths:
@@ -166,10 +166,9 @@ class _Wider(_Part):
         snr = self.snr if self.snr is not None or self.method == "clone" else 0.0
         copy_units(edit, table, [copies for _, copies in copied], 0.0 if snr is None else 10 ** (-snr / 20), generator)
 
-    def sites(self, program: Program) -> list[Site]:
-        kinds = [kind for kind in KINDS if getattr(self, kind)]
-        table = analyze(program) if kinds else None
-        return [site for kind in kinds if table is not None for site in self._of(kind, program, table)]
+    def sites(self, program: Program, table: Table) -> list[Site]:
+        """The dimensions of each kind that is to grow."""
+        return [site for kind in KINDS if getattr(self, kind) for site in self._of(kind, program, table)]
 
     def _of(self, kind: str, program: Program, table: Table) -> list[Site]:
         """The dimensions of a kind; raises RewriteError where there are some and none can grow."""
@@ -208,12 +207,13 @@ class _Copying(_Part):
 
     def run(self, program: Program, context: Context) -> None:
         table = analyze(program)
-        copies = [Copies(table.named[site.path], site.size) for site in self.chosen(program, context)]
+        copies = [Copies(site.what, site.size) for site in self.chosen(self.sites(program, table), context)]
         noise = 1.0 if self.snr is None else 10 ** (-self.snr / 20)
         copy_units(context.edit, table, copies, noise, torch.Generator().manual_seed(context.seed))
 
-    def sites(self, program: Program) -> list[Site]:
-        table, found = analyze(program), []
+    def sites(self, program: Program, table: Table) -> list[Site]:
+        """The channels; raises RewriteError where there are some and none can be copied."""
+        found = []
         for name, dim in channels_of(table):
             reason = channels_obstacle(table, dim)
             size = dim.size if reason else grown(self.channels, name, dim.size)
@@ -229,7 +229,7 @@ class _Identities(_Part):
     """Identities before activations, as Net2DeeperNet does."""
 
     def run(self, program: Program, context: Context) -> None:
-        chosen = self.chosen(program, context)
+        chosen = self.chosen(self.sites(program), context)
         if chosen:
             counts = Counter(places(len(chosen), grown(self.layers, "layers", len(chosen)) - len(chosen), self.at))
             deepen_by_identities(context.edit, [(site.what, counts[i]) for i, site in enumerate(chosen)])
@@ -247,7 +247,7 @@ class _Deeper(_Part):
     """Layers alone."""
 
     def run(self, program: Program, context: Context) -> None:
-        chosen = self.chosen(program, context)
+        chosen = self.chosen(self.sites(program), context)
         if chosen:
             deepen(context.edit, [(site.what, site.size) for site in chosen], self.at, self.init, context.seed)
 

@@ -185,7 +185,13 @@ def _flatten(call: Call, layer: Any, path: str) -> Axes:
     return found
 
 
-@layer_rule(_DropoutNd, nn.Identity)
+_ELEMENTWISE = """
+CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU RReLU SELU SiLU Sigmoid Softplus
+Softshrink Softsign Tanh Tanhshrink Threshold
+"""
+
+
+@layer_rule(_DropoutNd, nn.Identity, *(getattr(nn, name) for name in _ELEMENTWISE.split()))
 def _carrier(call: Call, layer: Any, path: str) -> Axes:
     return _given(call)
 

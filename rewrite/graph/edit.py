@@ -20,7 +20,7 @@ from rewrite.errors import RewriteError, first_line
 from rewrite.torch_private import pytree
 
 from . import meta
-from .fakes import fake_value
+from .fakes import expression_of, fake_value
 from .maps import Compute, Constant, ParameterMap
 from .module_calls import ModuleCall, module_calls
 from .nodes import attribute, gives_kind_alone, is_pure, leaves, literal_arguments, module_stack, set_argument
@@ -705,4 +705,10 @@ def _shapes(value: Any) -> Any:
 
 
 def _layout(value: Any) -> Any:
-    return pytree.tree_map(lambda v: (str(v.shape), str(v.stride()), v.dtype) if isinstance(v, torch.Tensor) else v, value)
+    def told(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        sizes = (*tensor.shape, *tensor.stride())
+        return (*map(expression_of, sizes), tensor.dtype)
+
+    return pytree.tree_map(told, value)

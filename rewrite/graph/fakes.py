@@ -122,7 +122,14 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided:
             raise _UndescribedError
-        return (type(value), *map(_size, value.shape), "|", *map(_size, value.stride()), value.dtype, value.device)
+        return (
+            type(value),
+            *map(expression_of, value.shape),
+            "|",
+            *map(expression_of, value.stride()),
+            value.dtype,
+            value.device,
+        )
     if isinstance(value, list | tuple):
         return (type(value), *map(_described, value))
     if isinstance(value, dict):
@@ -132,7 +139,7 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, slice):
         return (slice, *map(_described, (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymInt):
-        return _size(value)
+        return expression_of(value)
     if not isinstance(value, _PLAIN + _CODE):
         raise _UndescribedError
     return type(value), value
@@ -157,7 +164,8 @@ def _described_graph(graph: Graph) -> Hashable:
     )
 
 
-def _size(size: Any) -> Hashable:
+def expression_of(size: Any) -> Hashable:
+    """A size as a number, or the expression of one that is computed: two are equal where they always are."""
     return size.node.expr if isinstance(size, torch.SymInt) else size  # type: ignore[no-any-return]
 
 

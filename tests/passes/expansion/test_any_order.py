@@ -1,12 +1,14 @@
 """The six expansions in any order: the function stays, everything trains, no two new units are alike.
 
-`REWRITE_CASES=1000 pytest tests/passes/expansion/test_any_order.py` tries so many.
+A case is a chain of expansions of one model, and after each of its steps all is held: a composition of what was done until
+then. `REWRITE_CASES=1000 pytest tests/passes/expansion/test_any_order.py` tries about so many compositions.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,7 +20,9 @@ from rewrite import Program, apply, capture
 
 from .test_expand import EPS, HEADS, Model
 
-CASES = int(os.environ.get("REWRITE_CASES", "12"))
+CASES = int(os.environ.get("REWRITE_CASES", "120"))
+MEAN = 4
+"""How many steps a chain has on average."""
 SIZES = {"ffn": 8, "heads": HEADS, "head_dim": 4, "value_dim": 4, "hidden": 16, "layers": 2}
 INITS = ("normal", "zero", "orthogonal", "hadamard", "copy")
 
@@ -35,41 +39,64 @@ def small(groups: int) -> Program:
 
 
 @st.composite
-def pipelines(draw: st.DrawFn) -> str:
-    """Each of some expansions in an order, alone or together with others, to some size."""
-    kinds = draw(st.permutations(list(SIZES)))[: draw(st.integers(1, 6))]
-    steps: list[list[str]] = []
-    for kind in kinds:
-        more = 2 * draw(st.integers(1, 3)) if kind == "heads" else draw(st.integers(1, 9 if kind != "layers" else 2))
-        option = f"{kind}=+{more}"
-        if steps and draw(st.booleans()):
-            steps[-1].append(option)
-        else:
-            steps.append([option])
-    init, at = draw(st.sampled_from(INITS)), draw(st.sampled_from(["even", "end", "copy"]))
-    return ",".join(f"expand{{{' '.join(step)} init={init} at={at}}}" for step in steps)
+def chains(draw: st.DrawFn) -> list[str]:
+    """The six expansions in an order, cut into steps, each to some size."""
+    kinds = draw(st.permutations(list(SIZES)))
+    cuts = sorted(draw(st.sets(st.integers(1, len(kinds) - 1), min_size=MEAN - 3, max_size=len(kinds) - 1)))
+    steps = []
+    for start, end in zip([0, *cuts], [*cuts, len(kinds)], strict=True):
+        sizes = []
+        for kind in kinds[start:end]:
+            more = 2 * draw(st.integers(1, 3)) if kind == "heads" else draw(st.integers(1, 9 if kind != "layers" else 2))
+            sizes.append(f"{kind}=+{more}")
+        init, at = draw(st.sampled_from(INITS)), draw(st.sampled_from(["even", "end", "copy"]))
+        steps.append(f"expand{{{' '.join(sizes)} init={init} at={at}}}")
+    return steps
 
 
-def loss(program: Program, ids: Tensor) -> Tensor:
-    return F.cross_entropy(program.module(ids).flatten(0, 1), ids.roll(1, 1).flatten())
-
-
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(pipelines(), st.sampled_from([1, 2]))
-def test_any_order(pipeline: str, groups: int) -> None:
-    before = small(groups)
-    after = apply(before, pipeline, verify=False)
-    ids = torch.randint(0, 11, (32, 9), generator=torch.Generator().manual_seed(1))
-    expected, found = (p.module.eval()(ids) for p in (before, after))
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-10
-    for step in range(4):
-        after.module.zero_grad()
-        loss(after, ids).backward()
+def gradients(program: Program, steps: int) -> dict[str, Tensor]:
+    """The gradient of each parameter after some steps of training; softmax takes the bias of keys out."""
+    module, ids = program.module, torch.randint(0, 11, (16, 9), generator=torch.Generator().manual_seed(1))
+    for step in range(steps + 1):
+        module.zero_grad()
+        F.cross_entropy(module(ids).flatten(0, 1), ids.roll(1, 1).flatten()).backward()
         with torch.no_grad():
-            for parameter in after.module.parameters():
-                parameter -= 0.1 * parameter.grad if step < 3 else 0
-    dead = [n for n, p in after.module.named_parameters() if not p.grad.any() and not n.endswith("k.bias")]
-    assert not dead
-    for layer in after.module.layers.children():
-        for unit in (layer.up.weight, layer.attention.q.weight, layer.attention.v.weight, layer.attention.out.weight):
-            assert torch.pdist(unit.detach()).min() > 0
+            for parameter in module.parameters():
+                parameter -= 0.1 * parameter.grad if step < steps else 0
+    return {name: p.grad for name, p in module.named_parameters() if not name.endswith("k.bias")}
+
+
+def units(program: Program) -> Iterator[Tensor]:
+    """The units of each dimension but the keys', a row each: by what writes and what reads them."""
+    module = program.module
+    yield torch.cat([module.head.weight.T, module.words.weight.T], 1)
+    for layer in module.layers.children():
+        yield torch.cat([layer.up.weight, layer.down.weight.T], 1)
+        yield torch.cat([layer.attention.v.weight, layer.attention.v.bias[:, None]], 1)
+        yield layer.attention.q.weight
+
+
+def keys(program: Program) -> Iterator[Tensor]:
+    """Those of the keys, which begin as 0."""
+    yield from (layer.attention.k.weight for layer in program.module.layers.children())
+
+
+def differ(rows: Tensor) -> bool:
+    return bool(torch.pdist(rows.detach()).min() > 0)
+
+
+@settings(max_examples=max(1, CASES // MEAN), deadline=None, suppress_health_check=list(HealthCheck))
+@given(chains(), st.sampled_from([1, 2]))
+def test_any_order(chain: list[str], groups: int) -> None:
+    program = small(groups)
+    ids = torch.randint(0, 11, (8, 9), generator=torch.Generator().manual_seed(1))
+    expected = program.module.eval()(ids).detach()
+    for step in chain:
+        program = apply(program, step, verify=False)
+        found = program.module.eval()(ids).detach()
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-10
+        assert all(map(differ, units(program)))
+        trained = program.clone()
+        dead = {name: int((g == 0).sum()) for name, g in gradients(trained, steps=2).items() if not g.all()}
+        assert not dead
+        assert all(map(differ, (*units(trained), *keys(trained))))

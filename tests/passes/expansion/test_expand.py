@@ -162,11 +162,13 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("expand{ffn=4}", "ffn.0 is 8 and would be 4: expand grows"),
+        ("expand{ffn=4}", "ffn.0 is 8 and would be 4: expand grows; to shrink it is pruning: slice"),
         ("expand{ffn=1.3x}", "no whole number: 11 is"),
         ("expand{ffn=many}", "a size is a number"),
         ("expand{ffn=2x where=heads.*}", "matches none"),
         ("expand{hidden=2x}", "the input has this size"),
+        ("expand", r"nothing is told to grow: give ffn, .* a size, as in expand\{ffn=2x"),
+        ("expand{init=zero}", "nothing is told to grow"),
     ],
 )
 def test_refused_sizes(text: str, words: str) -> None:
@@ -428,7 +430,7 @@ def test_identities_behind_idempotent_activations(text: str, layers: list[int]) 
 
 def test_what_is_not_idempotent_gets_no_identities() -> None:
     model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), torch.randn(5, 4)
-    with pytest.raises(RewriteError, match="1 can get no layer before it: GELU is not idempotent"):
+    with pytest.raises(RewriteError, match=r"1 can get no layer before it: GELU is not idempotent.*that takes a ReLU"):
         apply(model, "expand{method=net2net layers=+1}", (x,))
     mixed = nn.Sequential(*model[:2], nn.Linear(8, 8), nn.ReLU())
     record = apply(mixed, "expand{method=net2net layers=+1}", (x,)).history[-1]
