@@ -10,6 +10,7 @@ from torch import nn
 
 from rewrite.graph.layers import BiasedRMSNorm, Scale
 from rewrite.graph.like import like
+from rewrite.graph.relation import Scaled
 from rewrite.pipeline.inserting import insert_behind
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.placing import Placing, Surroundings, times
@@ -69,7 +70,11 @@ class DeepNorm(Placing):
         alpha = (2 * around.depth) ** 0.25 if self.alpha is None else self.alpha
         edit = context.edit
         if self.mode == "exact":
-            edit.move([n for n in branch.stream.values if n is not branch.other], "the norm behind them takes alpha out")
+            edit.move(
+                [n for n in branch.stream.values if n is not branch.other],
+                "the norm behind them takes alpha out",
+                Scaled(alpha),
+            )
             for path in around.tensors(branch):
                 edit.set_parameter(path, times(alpha), path)
             for node in branch.stream_norms:

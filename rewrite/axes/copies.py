@@ -22,7 +22,7 @@ from rewrite.graph.nodes import attribute
 
 from .call import Place
 from .dims import Dim, vector_of
-from .resize import along, resize_numbers
+from .resize import along, note_values, resize_numbers
 from .table import Table
 
 Rest = Literal["none", "zero", "mean"]
@@ -65,6 +65,9 @@ def copy_units(edit: Editor, table: Table, found: Sequence[Copies], noise: float
     resize_numbers(edit, table, chosen)
     for name, compute in made.items():
         edit.set_parameter(name, compute, name)
+    flows = ("hidden", "channels")  # what is copied inside a branch is held with it
+    known = {c.dim: c.vector for c in found if c.rest != "mean" and table.name_of(c.dim).split(".")[0] in flows}
+    note_values(edit, table, known, chosen.keys() - known.keys())
 
 
 @dataclass(frozen=True)

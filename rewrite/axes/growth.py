@@ -16,7 +16,7 @@ from rewrite.graph.edit import Editor
 from .call import Place
 from .dims import Dim, Vector, vector_of
 from .fills import Block, Init, filled
-from .resize import resize
+from .resize import note_values, resize
 from .table import Table
 
 READERS = frozenset({"in"})
@@ -53,6 +53,8 @@ def grow(edit: Editor, table: Table, growths: Sequence[Growth], init: Init, gene
     """Give atoms more entries, everywhere, so that nothing is felt of them."""
     chosen = {growth.dim: growth.vector for growth in growths}
     resize(edit, table, chosen, _Filling(growths, init, generator))
+    known = {growth.dim: growth.vector for growth in growths if growth.zero == WRITERS}
+    note_values(edit, table, known, chosen.keys() - known.keys())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ pruning, reordering and doubling are the same call. New rows of a tensor are 0, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.fx.node import Argument
 from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import attribute, literal_arguments
+from rewrite.graph.relation import Chain, Picked
 
 from .call import Literal, Place
 from .dims import Dim, Vector, size_of, vector_of
@@ -64,6 +65,23 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
             shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
             made = Resized(tuple(sorted(changed.items())), fill(path, tensor, places, shape))
             edit.set_parameter(path, made, path)
+
+
+def note_values(edit: Editor, table: Table, known: Mapping[Dim, Vector], free: Collection[Dim] = ()) -> None:
+    """Tell the proof what becomes of the values along atoms whose new entries are known: copies, and 0 for -1.
+
+    Values along an atom of ``free`` too, whose new entries are anything, are left aside.
+    """
+    moves: dict[tuple[Picked, ...], list[Node]] = {}
+    for node, axes in table.values.items():
+        dims = axes if isinstance(axes, list) and all(isinstance(dim, Dim) for dim in axes) else []
+        atoms = [{atom.root() for atom in dim.atoms()} for dim in dims]
+        if not any(own & known.keys() for own in atoms) or any(own & set(free) for own in atoms):
+            continue
+        links = (Picked(i, tuple(vector_of(dim, known))) for i, dim in enumerate(dims) if atoms[i] & known.keys())
+        moves.setdefault(tuple(links), []).append(node)
+    for found, nodes in moves.items():
+        edit.move(nodes, "other entries along it", Chain(found) if len(found) > 1 else found[0])
 
 
 def along(table: Table, chosen: Mapping[Dim, Vector]) -> dict[str, list[Place]]:

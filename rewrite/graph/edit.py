@@ -26,6 +26,7 @@ from .module_calls import ModuleCall, module_calls
 from .nodes import attribute, gives_kind_alone, is_pure, leaves, literal_arguments, module_stack, set_argument
 from .program import Container, Program
 from .properties import thawed
+from .relation import Relation
 from .renumber import renumber
 from .repeat import repeat, span
 from .sizes import followed
@@ -54,7 +55,8 @@ class Change:
     """One change of a program: what was done, to which node and path, and the layer that stood there before.
 
     ``nodes`` are the names of all nodes that it touched: the calls of a replaced layer, the users that were rewired.
-    ``map`` says how a parameter that was set follows from those before the pass. ``names`` maps the paths of modules that
+    ``map`` says how a parameter that was set follows from those before the pass, ``relation`` how values that were moved
+    follow. ``names`` maps the paths of modules that
     were renumbered to their new ones, in which all other changes speak.
     """
 
@@ -67,6 +69,7 @@ class Change:
     nodes: tuple[str, ...] = ()
     map: ParameterMap | None = None
     names: tuple[tuple[str, str], ...] = ()
+    relation: Relation | None = None
 
 
 class Editor:
@@ -330,10 +333,16 @@ class Editor:
         self._came.add(path)
         self._note("insert" if layer is not None else "set parameter", path, "", "came with a copied module", new=layer)
 
-    def move(self, nodes: Collection[Node], detail: str) -> None:
-        """Note that the values of some nodes become others on purpose. The proof holds what reads them, and not them."""
+    def move(self, nodes: Collection[Node], detail: str, relation: Relation | None = None) -> None:
+        """Note that the values of some nodes become others on purpose. The proof holds what reads them, and not them.
+
+        With a ``relation`` they become r(x): each node is held to it where it stands, and what reads it is given r(x), so
+        that the parts stay small. One that holds nowhere is as if it had not been said. Of a node that was moved before, the
+        relation is that of the value it had since.
+        """
         names = tuple(node.name for node in nodes)
-        self._note("move", "", names[0], f"{detail}: {len(names)} values", names)
+        if names:
+            self._note("move", "", names[0], f"{detail}: {len(names)} values", names, relation=relation)
 
     def set_attribute(self, path: str, name: str, value: object) -> None:
         """Set a plain attribute of the layer at ``path``, such as the ``in_features`` of a layer whose weight changed.
@@ -551,8 +560,9 @@ class Editor:
         old: nn.Module | None = None,
         new: nn.Module | None = None,
         map: ParameterMap | None = None,
+        relation: Relation | None = None,
     ) -> None:
-        self.changes.append(Change(kind, path, node, detail, old, new, nodes, map))
+        self.changes.append(Change(kind, path, node, detail, old, new, nodes, map, relation=relation))
 
     def _checked(self, node: Node, layer: nn.Module, reshape: bool) -> Any:
         """The value of a node if it called ``layer``, which must have the shape and dtype that it has now."""

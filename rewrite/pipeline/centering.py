@@ -19,6 +19,7 @@ from rewrite.analysis.streams import Reader, Stream
 from rewrite.analysis.writers import Writers, Written, named
 from rewrite.graph.like import like
 from rewrite.graph.nodes import attribute, tensor_value
+from rewrite.graph.relation import Centered
 from rewrite.torch_private import _DropoutNd
 
 from .inserting import insert_behind
@@ -90,7 +91,9 @@ class Centering:
 
     def center(self, stream: Stream) -> None:
         """Center all that is written: in tensors where it can be told in tensors, else by a layer behind the writer."""
-        self.edit.move(list(stream.values), "the mean is taken out")
+        for axis in dict.fromkeys(stream.values.values()):
+            along = [node for node, its in stream.values.items() if its == axis]
+            self.edit.move(along, "the mean is taken out", Centered(axis))
         if self.kinds is not None:
             self._keep(stream, self.kinds)
             return

@@ -15,7 +15,7 @@ from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.streams import Stream
 from rewrite.analysis.writers import Written
 from rewrite.axes.analyze import analyze
-from rewrite.axes.resize import resize
+from rewrite.axes.resize import note_values, resize
 
 from .folding import NormReaders, change_weights, fold_affine
 
@@ -109,6 +109,7 @@ class Compressing:
         table = analyze(self.program)
         dim = _dim_of(group[0][0], table)
         resize(edit, table, {dim: range(dim.size - 1)})
+        note_values(edit, table, {dim: range(dim.size - 1)})
 
 
 def _dim_of(norm: Norm, table: Table) -> Dim:

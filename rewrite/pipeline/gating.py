@@ -10,6 +10,7 @@ from torch import nn
 
 from rewrite.errors import OptionError
 from rewrite.graph.nodes import tensor_value
+from rewrite.graph.relation import Scaled
 from rewrite.proof.contract import NEW, SAME, Contract
 
 from .inserting import insert_behind
@@ -75,7 +76,7 @@ class Gating(Placing):
         value = tensor_value(branch.writer)
         assert value is not None
         if self.mode == "exact" and self.value != 1:
-            context.edit.move([branch.writer], "the gain behind it gives it back")
+            context.edit.move([branch.writer], "the gain behind it gives it back", Scaled(1 / self.value))
             for path in around.tensors(branch):
                 context.edit.set_parameter(path, times(1 / self.value), path)
         sizes = 1 if self.single else branch.stream.size

@@ -7,7 +7,7 @@ that are claimed equal. What does not follow is a *test*. A user with another op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from rewrite.graph.nodes import aten, attribute, gives_kind_alone, leaves, packet
 from rewrite.graph.program import Program
+from rewrite.graph.relation import Relation
 from rewrite.torch_private import pytree
 
 from .identity import Sameness
@@ -27,20 +28,25 @@ Pair = tuple[Node, Node]
 
 @dataclass
 class Claims:
-    """The claims about two programs. ``partner`` leads from a node after to the node of its name before."""
+    """The claims about two programs. ``partner`` leads from a node after to the node of its name before.
+
+    ``relations`` are what a pass says of values by name: x' = r(x) instead of x' = x. ``related`` are those it claims.
+    """
 
     before: Program
     after: Program
     partner: dict[Node, Node] = field(default_factory=dict)
     tests: dict[Pair, str] = field(default_factory=dict)
+    relations: Mapping[str, Relation] = field(default_factory=dict)
+    related: dict[Node, Relation] = field(default_factory=dict)
     dropped: set[Pair] = field(default_factory=set)
     varying: set[Node] = field(default_factory=set)
     _known: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, before: Program, after: Program) -> Claims:
+    def of(cls, before: Program, after: Program, relations: Mapping[str, Relation] | None = None) -> Claims:
         """All claims about a program before and after a pass, from their graphs alone."""
-        made = cls(before, after, varying=varying(before) | varying(after))
+        made = cls(before, after, relations=relations or {}, varying=varying(before) | varying(after))
         made.settle()
         return made
 
@@ -49,9 +55,16 @@ class Claims:
         named = {node.name: node for node in self.before.graph.nodes}
         self.partner.clear()
         self.tests.clear()
+        self.related.clear()
+        final = {new for _, new in self.final()}
         for new in self.after.graph.nodes:
             old = named.get(new.name)
-            if old is None or (old, new) in self.dropped or new.op == "output" or not self._comparable(old, new):
+            if old is None or (old, new) in self.dropped or new.op == "output":
+                continue
+            relation = self.relations.get(new.name) if new not in final and new in self.varying else None
+            if relation is not None and new.op not in ("placeholder", "get_attr") and _alike(old, new):
+                self.related[new] = relation
+            elif not self._comparable(old, new):
                 continue
             self.partner[new] = old
         for new, old in list(self.partner.items()):
@@ -88,8 +101,10 @@ class Claims:
     def _examine(self, old: Node, new: Node) -> None:
         if new.op in ("placeholder", "get_attr"):
             return
-        reason = self._difference(old, new)
+        reason = "it moves" if new in self.related else self._difference(old, new)
         for left, right in self._operands(old, new) if not reason else ():
+            if right in self.related and not _from_sizes(new):
+                reason = f"{right.name}, which it reads, moved"
             if not self.is_claimed(left, right) and not self._claim(left, right, "an operand that was rewired"):
                 reason = f"other operands: {right.name} instead of {left.name}"
         if reason and new in self.varying and isinstance(new.meta.get("val"), torch.Tensor | tuple | list):
@@ -186,6 +201,12 @@ def _from_sizes(node: Node) -> bool:
 
 def _outline(value: Any) -> Any:
     return Node if isinstance(value, Node) else value
+
+
+def _alike(old: Node, new: Node) -> bool:
+    """Whether two nodes yield tensors of one dtype with as many axes, whatever their sizes."""
+    x, y = old.meta.get("val"), new.meta.get("val")
+    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and (x.dtype, x.dim()) == (y.dtype, y.dim())
 
 
 def _described(node: Node) -> Any:

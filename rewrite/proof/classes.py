@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.graph.nodes import attribute, map_leaves
+from rewrite.graph.relation import Chain, Relation
 from rewrite.torch_private import pytree
 
 from .cuts import Cut
@@ -22,7 +23,12 @@ def signature(cut: Cut, before: nn.Module, after: nn.Module) -> Signature:
     """What two cuts share if they differ in values alone."""
     old = _form(cut.old, [a for a, _ in cut.border], [a for a, _ in cut.outputs], before)
     new = _form(cut.new, [b for _, b in cut.border], [b for _, b in cut.outputs], after)
-    return (old, new)
+    return (old, new, tuple(_kind(cut.related.get(b)) for _, b in (*cut.border, *cut.outputs)))
+
+
+def _kind(relation: Relation | None) -> str:
+    links = relation.links if isinstance(relation, Chain) else [relation] * (relation is not None)
+    return " ".join(type(link).__qualname__ for link in links)
 
 
 def _form(nodes: Sequence[Node], border: Sequence[Node], outputs: Sequence[Node], module: nn.Module) -> Signature:

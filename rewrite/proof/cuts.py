@@ -7,8 +7,8 @@ border comes before its tests in the graph, so that holding each cut alone holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import networkx
 from torch import nn
@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from rewrite.analysis.writes import Writes
 from rewrite.graph.program import Program
+from rewrite.graph.relation import Relation
 
 from .claims import Claims, Pair, is_tensor
 
@@ -25,6 +26,7 @@ class Cut:
     """One part of a program in its old and its new form: border and outputs as pairs, the nodes between in order.
 
     ``written`` tells that something may be written into an output later: then it must not be an input of the part itself.
+    ``related`` are the new nodes among border and outputs whose value is a function of the old one's.
     """
 
     border: tuple[Pair, ...]
@@ -33,6 +35,7 @@ class Cut:
     new: tuple[Node, ...]
     reasons: tuple[str, ...]
     written: bool = False
+    related: Mapping[Node, Relation] = field(default_factory=dict)
 
     @property
     def old_border(self) -> tuple[Node, ...]:
@@ -105,7 +108,9 @@ class Cutter:
         ordered = sorted(border, key=self.new_side.place.__getitem__)
         pairs = tuple((self.partner[n], n) for n in ordered)
         written = any(self.careful.into(new) for _, new in tests)
-        return Cut(pairs, tuple(tests), old, new, tuple(self.claims.tests[t] for t in tests), written)
+        ends = {node for _, node in (*pairs, *tests)}
+        related = {node: relation for node, relation in self.claims.related.items() if node in ends}
+        return Cut(pairs, tuple(tests), old, new, tuple(self.claims.tests[t] for t in tests), written, related)
 
 
 class _Side:

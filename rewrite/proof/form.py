@@ -17,9 +17,12 @@ from torch.fx import Node
 from rewrite.graph.layers import ScaledDotProductAttention
 from rewrite.graph.maps import ParameterMap
 from rewrite.graph.nodes import attribute
+from rewrite.graph.relation import Relation
 from rewrite.numerics.exact import ExactArithmetic
 from rewrite.numerics.modes import mode_readers
 from rewrite.torch_private import TorchDispatchMode, _DropoutNd, pytree
+
+from .cuts import Cut
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Setting:
     The last of ``calls`` calls counts. Parameters are moved by normal noise of ``moved`` times their own scale, the same in
     both forms: what holds a value that follows from an old parameter shows itself. ``draw`` numbers the random numbers of a
     run, where ``seed`` stands for all else. ``silent`` sets the rate of each dropout to 0. ``nudged`` moves each number of
-    the parameters by an ulp: what rounding at their size does.
+    the parameters by an ulp: what rounding at their size does. With ``apart`` a parameter that follows from old ones has a
+    gradient of its own, "NAME itself", in place of its share of theirs: that is how a model is trained, and where it rounds.
     """
 
     exact: bool = True
@@ -43,13 +47,15 @@ class Setting:
     draw: int = 0
     silent: bool = False
     nudged: bool = False
+    apart: bool = False
 
 
 @dataclass
 class Outcome:
     """What one run of a form gave: output tensors, gradients by the name of a border or parameter, state afterwards.
 
-    ``followed`` are buffers that are functions of old ones, after the run, with their maps.
+    ``followed`` are buffers that are functions of old ones, after the run, with their maps; ``sources`` the old parameters
+    whose gradient lacks what goes through parameters of which others have their own.
     """
 
     outputs: list[torch.Tensor]
@@ -61,15 +67,27 @@ class Outcome:
     draws: int = 0
     drawn: tuple[Drawn, ...] = ()
     aliased: list[bool] = field(default_factory=list)
+    sources: frozenset[str] = frozenset()
 
 
 class Form:
     """The nodes of one side of a cut, with copies of the layers and tensors that they use.
 
-    ``is_modal`` tells, once it has run, whether anything in it asked if it is in training.
+    ``given``: what a border is given is this function of the value; ``wanted``: what counts of an output is this function
+    of it. ``is_modal`` tells, once it has run, whether anything in it asked if it is in training.
     """
 
-    def __init__(self, world: World, nodes: Sequence[Node], border: Sequence[Node], outputs: Sequence[Node]) -> None:
+    def __init__(
+        self,
+        world: World,
+        nodes: Sequence[Node],
+        border: Sequence[Node],
+        outputs: Sequence[Node],
+        given: Mapping[Node, Relation] | None = None,
+        wanted: Mapping[Node, Relation] | None = None,
+    ) -> None:
+        self.given = given or {}
+        self.wanted = wanted or {}
         self.world = world
         self.nodes = nodes
         self.border = border
@@ -83,6 +101,14 @@ class Form:
     ) -> Form:
         """The form whose outputs are the new nodes of some pairs, or the old ones for ``side`` 0."""
         return cls(world, nodes, border, [pair[side] for pair in outputs])
+
+    @classmethod
+    def both(cls, worlds: tuple[World, World], cut: Cut) -> tuple[Form, Form]:
+        """Both forms of a cut as functions of the old border that give the new outputs."""
+        given = {new: cut.related[new] for _, new in cut.border if new in cut.related}
+        wanted = {old: cut.related[new] for old, new in cut.outputs if new in cut.related}
+        old = cls(worlds[0], cut.old, cut.old_border, [old for old, _ in cut.outputs], wanted=wanted)
+        return old, cls(worlds[1], cut.new, cut.new_border, [new for _, new in cut.outputs], given=given)
 
     def run(self, values: Sequence[torch.Tensor], setting: Setting) -> Outcome:
         """One forward, and if asked for one backward, of the form on border values; the program is left as it is."""
@@ -110,6 +136,7 @@ class Form:
             draws.count,
             tuple(draws.drawn),
             [any(_share(t, v) for v in handed) for t in found],
+            frozenset(tensors.sources),
         )
 
     def layers(self) -> Iterator[tuple[Node, nn.Module]]:
@@ -120,7 +147,8 @@ class Form:
 
     def execute(self, values: Sequence[torch.Tensor], tensors: TensorsOf, setting: Setting) -> list[torch.Tensor]:
         """The output tensors, node by node."""
-        env: dict[Node, Any] = dict(zip(self.border, values, strict=True))
+        given = (_related(self.given.get(n), value) for n, value in zip(self.border, values, strict=True))
+        env: dict[Node, Any] = dict(zip(self.border, given, strict=True))
         for node in self.nodes:
             args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if node.op == "get_attr":
@@ -134,7 +162,13 @@ class Form:
                 raise KeyError(f"{node.name} is an input that the two programs do not share")
             for dead in self.last_use.get(node, ()):
                 env.pop(dead, None)
-        return [t for n in self.outputs for t in pytree.tree_leaves(env[n]) if isinstance(t, torch.Tensor)]
+        ends = (_related(self.wanted.get(n), env[n]) for n in self.outputs)
+        return [t for end in ends for t in pytree.tree_leaves(end) if isinstance(t, torch.Tensor)]
+
+
+def _related(relation: Relation | None, value: Any) -> Any:
+    """The value, or what a relation makes of it: in float64, rounded once."""
+    return value if relation is None else relation(value.double()).to(value.dtype)
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -224,6 +258,7 @@ class TensorsOf:
         self.memo: dict[int, Any] = {}
         self.leaves: dict[str, torch.Tensor] = {} if leaves is None else leaves
         self.buffers: dict[str, torch.Tensor] = {}
+        self.sources: set[str] = set()
         self.followed: dict[str, tuple[ParameterMap, torch.Tensor]] = {}
         self.layers: dict[str, nn.Module] = {}
         for path in dict.fromkeys(str(n.target) for n in nodes if n.op in ("call_module", "get_attr")):
@@ -266,7 +301,11 @@ class TensorsOf:
         if made is None:
             self.memo[id(tensor)] = self._leaf(name, tensor)
             return
-        value = self.memo[id(tensor)] = _cast(made.evaluate(self._source), self.setting)
+        value = _cast(made.evaluate(self._source), self.setting)
+        if self.setting.apart and isinstance(tensor, nn.Parameter):
+            value = self.leaves[f"{name} itself"] = nn.Parameter(value.detach(), value.requires_grad)
+            self.sources.update(made.names)
+        self.memo[id(tensor)] = value
         if not isinstance(tensor, nn.Parameter):
             self.followed[name] = made, value
 

@@ -46,8 +46,7 @@ class Forms:
     @classmethod
     def of(cls, worlds: tuple[World, World], cut: Cut) -> Forms:
         """Both forms, each in its world: that before the pass and that after it."""
-        old = Form.of(worlds[0], cut.old, cut.old_border, cut.outputs, side=0)
-        return cls(cut, old, Form.of(worlds[1], cut.new, cut.new_border, cut.outputs))
+        return cls(cut, *Form.both(worlds, cut))
 
     def gap(self, values: Values, setting: Setting) -> Gap:
         """The gap at some border values in one setting. Where the old form does not run, the new one need not."""
@@ -104,7 +103,7 @@ class Forms:
     def _excess(self, values: Values, setting: Setting) -> Gap:
         """How much larger the new form's rounding error is than the old one's allows, at some values."""
         truth = _tried(self.old, values, replace(setting, exact=True, autocast=False))
-        old, new = _tried(self.old, values, setting), _tried(self.new, values, setting)
+        old, new = _tried(self.old, values, setting), _tried(self.new, values, replace(setting, apart=True))
         if isinstance(truth, Exception):
             return Gap(unrun=first_line(truth))
         if isinstance(old, Exception):
@@ -114,7 +113,8 @@ class Forms:
         unlike = gap(old, new, gradients=False)
         if unlike.problem and not setting.autocast:
             return unlike
-        return excess(truth, old, new, _eps(setting, values))
+        own = self.new.run(values, replace(setting, exact=True, autocast=False, apart=True)) if new.sources else truth
+        return excess(truth, old, new, own, _eps(setting, values))
 
     def _excused(self, found: Gap, values: Values, setting: Setting) -> Gap:
         """Nothing, where it is no more than what an ulp at the border, or in the weights, does to the old form.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,28 +128,30 @@ def _followed_error(old: Outcome, made: ParameterMap, value: torch.Tensor) -> fl
     return distance / max(own, FLOOR * scale) if distance else 0.0
 
 
-def excess(truth: Outcome, old: Outcome, new: Outcome, eps: float) -> Gap:
+def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float) -> Gap:
     """The new form's error against the truth where it is more than SLACK times the old one's and SLACK ulps; else none.
 
     A gradient that is a sum over n positions may be off by √n / 4 times as many ulps: rounding adds up like a random walk.
+    Parameters that follow from old ones have gradients of their own, whose truth is in ``own``, the new form run exactly.
     """
     outputs, theirs = (
         max((relative_error(a, b.to(a.dtype)) for a, b in zip(truth.outputs, run.outputs, strict=True)), default=0.0)
         for run in (new, old)
     )
     found = Gap(outputs if outputs > SLACK * theirs + SLACK * eps else 0.0)
-    scale = max((float(g.abs().max()) for g in truth.gradients.values() if g is not None and g.numel()), default=0.0)
-    if not scale:
-        return found
     positions = max((t.numel() for t in (*truth.inputs, *truth.outputs)), default=1)
-    errors = {name: _distance(g, new.gradients.get(name)) / scale for name, g in truth.gradients.items()}
-    rest = max((_distance(g, old.gradients.get(name)) / scale for name, g in truth.gradients.items()), default=0.0)
-    beyond = {
-        name: error
-        for name, error in errors.items()
-        if error > SLACK * rest + SLACK * eps * _walk(positions, truth.gradients[name])
-    }
-    return replace(found, gradients=max(beyond.values(), default=0.0))
+    rest = max(_relative(truth.gradients, old.gradients).values(), default=0.0)
+    kept = {name: g for name, g in truth.gradients.items() if name not in new.sources}
+    apart = {name: g for name, g in own.gradients.items() if name not in truth.gradients}
+    errors = {**_relative(kept, new.gradients), **_relative(apart, new.gradients)}
+    bounds = {n: SLACK * rest + SLACK * eps * _walk(positions, g) for n, g in {**kept, **apart}.items()}
+    return replace(found, gradients=max((e for name, e in errors.items() if e > bounds[name]), default=0.0))
+
+
+def _relative(truth: Mapping[str, torch.Tensor | None], got: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+    """How far each gradient is from the truth, relative to the scale of all; nothing where all are 0."""
+    scale = max((float(g.abs().max()) for g in truth.values() if g is not None and g.numel()), default=0.0)
+    return {name: _distance(g, got.get(name)) / scale for name, g in truth.items()} if scale else {}
 
 
 def _walk(positions: int, gradient: torch.Tensor | None) -> float:

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from rewrite.graph.maps import ParameterMap
 from rewrite.graph.program import Program
+from rewrite.graph.relation import Relation
 from rewrite.numerics.compare import TOLERANCE
 
 from .claims import Claims, Pair
@@ -34,7 +35,8 @@ class LocalProof:
     """Holds ``after`` against ``before``; with ``gradients`` those of the old parameters too, with ``training`` both modes.
 
     ``maps`` say how parameters of ``after`` follow from those of ``before``; ``moved`` names nodes whose values change on
-    purpose, so that what reads them is held and not they themselves.
+    purpose. Where it says how, they are held to that, and what reads them is given that; else what reads them is held and
+    not they themselves.
     """
 
     before: Program
@@ -44,11 +46,13 @@ class LocalProof:
     training: bool = True
     probed: bool = True
     seed: int = 0
-    moved: frozenset[str] = frozenset()
+    moved: Mapping[str, Relation | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.claims = Claims.of(self.before, self.after)
+        related = {name: relation for name, relation in self.moved.items() if relation is not None}
+        self.claims = Claims.of(self.before, self.after, related)
         moved = (new for new in self.claims.partner if new.name in self.moved and new.op != "placeholder")
+        moved = (new for new in moved if new not in self.claims.related)
         self._withdraw([(self.claims.partner[new], new) for new in moved])
         origin = World.of(self.before.module)
         self.worlds = (origin, World.of(self.after.module, self.maps, origin))

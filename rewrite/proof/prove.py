@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rewrite.graph.edit import Change
 from rewrite.graph.history import Check, Verification
 from rewrite.graph.program import Program
+from rewrite.graph.relation import moved
 from rewrite.graph.renumber import renumbered
 from rewrite.graph.tree import on_meta
 from rewrite.numerics.probes import perturbed
@@ -73,8 +74,8 @@ def _rewritten(
     claim: Claim, before: Program, after: Program, changes: Sequence[Change], *, probed: bool = True
 ) -> Rewritten:
     maps = {c.path: c.map for c in changes if c.map is not None}
-    moved = frozenset(name for c in changes if c.kind == "move" for name in c.nodes)
-    return Rewritten(before, after, claim.step.contract(), maps, claim.step, claim.seed, probed, moved)
+    relations = moved((c.nodes, c.relation) for c in changes if c.kind == "move")
+    return Rewritten(before, after, claim.step.contract(), maps, claim.step, claim.seed, probed, relations)
 
 
 def _deterministic(claim: Claim) -> Check:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply, capture
 from rewrite.analysis.norms import norms
 from rewrite.analysis.streams import stream_of
+from rewrite.graph.relation import Centered, Relation, Scaled
 from rewrite.pipeline.context import Context
 
 from .models import Block
@@ -63,6 +64,7 @@ def centering(
     axis: int | None = None,
     tied: bool = False,
     moved: bool = True,
+    relation: Relation | None = None,
     eps: float = 1e-5,
     head: float = 1.0,
     mapped: bool = True,
@@ -72,7 +74,7 @@ def centering(
     def action(program: Program, context: Context) -> None:
         edit, found = context.edit, norms(program)
         if moved:
-            edit.move(list(stream_of(program, found[0].node.all_input_nodes[0], -1).values), "centered")
+            edit.move(list(stream_of(program, found[0].node.all_input_nodes[0], -1).values), "centered", relation)
         if not tied:
             edit.untie("words.weight")
         if head != 1.0:
@@ -122,6 +124,7 @@ def close(action: Action, bound: float) -> Pass:
     return step(action, Contract(CLOSE, NEW, bound=bound))
 
 
+CENTERED = Centered(-1)
 WRONG: dict[str, tuple[Pass, str]] = {
     "a writer forgotten": (step(centering(forgotten="places.weight")), "same"),
     "a bias forgotten": (step(centering(forgotten="blocks.1.second.bias")), "same"),
@@ -131,6 +134,11 @@ WRONG: dict[str, tuple[Pass, str]] = {
     "another eps": (step(centering(eps=1e-6)), "same"),
     "a head that is another after it was untied": (step(centering(head=1.001)), "same"),
     "centered without a map": (step(centering(mapped=False)), "same"),
+    "a writer forgotten, and centered by word": (step(centering(forgotten="places.weight", relation=CENTERED)), "same"),
+    "off by one part in ten thousand, centered by word": (step(centering(factor=1.0001, relation=CENTERED)), "same"),
+    "another eps, centered by word": (step(centering(eps=1e-6, relation=CENTERED)), "same"),
+    "another head behind what is centered by word": (step(centering(head=1.001, relation=CENTERED)), "same"),
+    "a wrong word that would hide all": (step(centering(eps=1e-6, relation=Scaled(0.0))), "same"),
     "further than the bound": (close(dropping("add_1"), 1e-3), "close"),
     "the stream dropped in place of the branch": (close(dropping("add_1", keep_branch=True), 0.5), "close"),
     "another weight touched": (close(dropping("add_1", also="blocks.1.first.weight"), 1.0), "formula"),
@@ -140,6 +148,8 @@ WRONG: dict[str, tuple[Pass, str]] = {
 RIGHT: dict[str, Pass] = {
     "all writers centered": step(centering()),
     "all writers centered, found by the proof alone": step(centering(moved=False)),
+    "all writers centered, by word": step(centering(relation=CENTERED)),
+    "all writers centered, by a wrong word": step(centering(relation=Scaled(2.0))),
     "a branch dropped within its bound": close(dropping("add_1"), 1.0),
 }
 
@@ -157,6 +167,44 @@ def test_right_twins_pass(name: str, tmp_path: Path) -> None:
     record = apply(program(), RIGHT[name], crash_folder=tmp_path).history[0]
     assert record.verification is not None
     assert record.verification.passed
+
+
+def test_with_a_word_for_what_moves_each_part_is_held_where_it_stands(tmp_path: Path) -> None:
+    counts = []
+    for relation in (None, CENTERED):
+        check = apply(program(), step(centering(relation=relation)), crash_folder=tmp_path).history[0].verification
+        assert check is not None
+        counts.append(int(next(c.detail for c in check.checks if c.name == "same").split(": ")[1].split()[0]))
+    assert counts[0] == 1
+    assert counts[1] > 8
+
+
+class Halves(nn.Module):
+    """The halves of a linear layer's result, multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.linear(x).chunk(2, -1)
+        return one * other
+
+
+@pytest.mark.parametrize("name", ["linear", "chunk"])
+def test_what_reads_a_moved_value_is_held_though_nothing_in_it_changed(name: str, tmp_path: Path) -> None:
+    """A chunk gives several tensors, its reader a product of two: neither is another operation, and both are felt."""
+
+    def doubled(program: Program, context: Context) -> None:
+        layers = [node for node, _ in program.layers()]
+        context.edit.move(layers, "doubled", Scaled(2.0))
+        for path in ("linear.weight", "linear.bias"):
+            context.edit.set_parameter(path, lambda w: 2 * w, path)
+        if name == "chunk":
+            context.edit.move(list(layers[0].users), "doubled", Scaled(2.0))
+
+    with pytest.raises(VerificationError, match=": same"):
+        apply(capture(Halves(), (torch.randn(3, DIM),)), step(doubled), crash_folder=tmp_path)
 
 
 class TwoBranches(nn.Module):
