@@ -17,7 +17,7 @@ from torch.fx.node import Argument
 from rewrite.errors import RewriteError
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import attribute, literal_arguments
-from rewrite.graph.relation import Chain, Picked
+from rewrite.graph.relation import Chain, Picked, Relation
 
 from .call import Literal, Place
 from .dims import Dim, Vector, size_of, vector_of
@@ -72,16 +72,15 @@ def note_values(edit: Editor, table: Table, known: Mapping[Dim, Vector], free: C
 
     Values along an atom of ``free`` too, whose new entries are anything, are left aside.
     """
-    moves: dict[tuple[Picked, ...], list[Node]] = {}
+    moves: dict[Node, Relation] = {}
     for node, axes in table.values.items():
         dims = axes if isinstance(axes, list) and all(isinstance(dim, Dim) for dim in axes) else []
         atoms = [{atom.root() for atom in dim.atoms()} for dim in dims]
         if not any(own & known.keys() for own in atoms) or any(own & set(free) for own in atoms):
             continue
-        links = (Picked(i, tuple(vector_of(dim, known))) for i, dim in enumerate(dims) if atoms[i] & known.keys())
-        moves.setdefault(tuple(links), []).append(node)
-    for found, nodes in moves.items():
-        edit.move(nodes, "other entries along it", Chain(found) if len(found) > 1 else found[0])
+        links = tuple(Picked(i, tuple(vector_of(dim, known))) for i, dim in enumerate(dims) if atoms[i] & known.keys())
+        moves[node] = Chain(links) if len(links) > 1 else links[0]
+    edit.move(list(moves), "other entries along it", moves)
 
 
 def along(table: Table, chosen: Mapping[Dim, Vector]) -> dict[str, list[Place]]:

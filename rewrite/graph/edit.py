@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -55,8 +55,8 @@ class Change:
     """One change of a program: what was done, to which node and path, and the layer that stood there before.
 
     ``nodes`` are the names of all nodes that it touched: the calls of a replaced layer, the users that were rewired.
-    ``map`` says how a parameter that was set follows from those before the pass, ``relation`` how values that were moved
-    follow. ``names`` maps the paths of modules that
+    ``map`` says how a parameter that was set follows from those before the pass, ``relations`` how values that were moved
+    follow, by node. ``names`` maps the paths of modules that
     were renumbered to their new ones, in which all other changes speak.
     """
 
@@ -69,7 +69,7 @@ class Change:
     nodes: tuple[str, ...] = ()
     map: ParameterMap | None = None
     names: tuple[tuple[str, str], ...] = ()
-    relation: Relation | None = None
+    relations: Mapping[str, Relation] = field(default_factory=dict)
 
 
 class Editor:
@@ -333,16 +333,18 @@ class Editor:
         self._came.add(path)
         self._note("insert" if layer is not None else "set parameter", path, "", "came with a copied module", new=layer)
 
-    def move(self, nodes: Collection[Node], detail: str, relation: Relation | None = None) -> None:
+    def move(self, nodes: Collection[Node], detail: str, relation: Relation | Mapping[Node, Relation] | None = None) -> None:
         """Note that the values of some nodes become others on purpose. The proof holds what reads them, and not them.
 
-        With a ``relation`` they become r(x): each node is held to it where it stands, and what reads it is given r(x), so
-        that the parts stay small. One that holds nowhere is as if it had not been said. Of a node that was moved before, the
-        relation is that of the value it had since.
+        With a ``relation`` (one for all, or by node) they become r(x): each node is held to it where it stands, and what
+        reads it is given r(x), so that the parts stay small. One that holds nowhere is as if it had not been said. Of a node
+        that was moved before, the relation is that of the value it had since.
         """
         names = tuple(node.name for node in nodes)
+        by_node = relation if isinstance(relation, Mapping) else dict.fromkeys(nodes, relation)
+        relations = {node.name: its for node, its in by_node.items() if its is not None}
         if names:
-            self._note("move", "", names[0], f"{detail}: {len(names)} values", names, relation=relation)
+            self._note("move", "", names[0], f"{detail}: {len(names)} values", names, relations=relations)
 
     def set_attribute(self, path: str, name: str, value: object) -> None:
         """Set a plain attribute of the layer at ``path``, such as the ``in_features`` of a layer whose weight changed.
@@ -560,9 +562,9 @@ class Editor:
         old: nn.Module | None = None,
         new: nn.Module | None = None,
         map: ParameterMap | None = None,
-        relation: Relation | None = None,
+        relations: Mapping[str, Relation] | None = None,
     ) -> None:
-        self.changes.append(Change(kind, path, node, detail, old, new, nodes, map, relation=relation))
+        self.changes.append(Change(kind, path, node, detail, old, new, nodes, map, relations=relations or {}))
 
     def _checked(self, node: Node, layer: nn.Module, reshape: bool) -> Any:
         """The value of a node if it called ``layer``, which must have the shape and dtype that it has now."""

@@ -5,7 +5,7 @@ A relation is given the old value in float64 and returns the new one; it is made
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,12 +73,12 @@ def chained(first: Relation, second: Relation) -> Relation:
     return Chain(tuple(link for links in parts for link in links))
 
 
-def moved(moves: Iterable[tuple[Sequence[str], Relation | None]]) -> dict[str, Relation | None]:
+def moved(moves: Iterable[tuple[Sequence[str], Mapping[str, Relation]]]) -> dict[str, Relation | None]:
     """What became of each node's value after some moves in order; None where one of them said no relation."""
     found: dict[str, Relation | None] = {}
-    for names, relation in moves:
+    for names, relations in moves:
         for name in names:
-            before = found.get(name)
+            before, relation = found.get(name), relations.get(name)
             known = relation is not None and (name not in found or before is not None)
             found[name] = None if not known or relation is None else chained(before, relation) if before else relation
     return found

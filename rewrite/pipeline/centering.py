@@ -91,9 +91,8 @@ class Centering:
 
     def center(self, stream: Stream) -> None:
         """Center all that is written: in tensors where it can be told in tensors, else by a layer behind the writer."""
-        for axis in dict.fromkeys(stream.values.values()):
-            along = [node for node, its in stream.values.items() if its == axis]
-            self.edit.move(along, "the mean is taken out", Centered(axis))
+        centered = {node: Centered(axis) for node, axis in stream.values.items()}
+        self.edit.move(list(stream.values), "the mean is taken out", centered)
         if self.kinds is not None:
             self._keep(stream, self.kinds)
             return

@@ -74,7 +74,7 @@ def _rewritten(
     claim: Claim, before: Program, after: Program, changes: Sequence[Change], *, probed: bool = True
 ) -> Rewritten:
     maps = {c.path: c.map for c in changes if c.map is not None}
-    relations = moved((c.nodes, c.relation) for c in changes if c.kind == "move")
+    relations = moved((c.nodes, c.relations) for c in changes if c.kind == "move")
     return Rewritten(before, after, claim.step.contract(), maps, claim.step, claim.seed, probed, relations)
 
 
