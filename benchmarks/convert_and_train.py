@@ -51,7 +51,7 @@ class Task:
     name: str
     make: Callable[[int], nn.Module]
     example: Callable[[], Tensor]
-    train: Callable[[nn.Module, int, int], object]
+    train: Callable[[nn.Module, int, int], list[float]]
     score: Callable[[nn.Module], Score]
     steps: int
 
@@ -115,10 +115,12 @@ def make_digit_vit(seed: int) -> nn.Module:
         return DigitViT()
 
 
-def train_digits(model: nn.Module, steps: int, seed: int, lr: float = 1e-3, batch: int = 64) -> None:
+def train_digits(model: nn.Module, steps: int, seed: int, lr: float = 1e-3, batch: int = 64) -> list[float]:
+    """Train in place and return the loss of each step; the seed chooses the batches."""
     images, labels, _, _ = digits()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    losses = []
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -129,6 +131,8 @@ def train_digits(model: nn.Module, steps: int, seed: int, lr: float = 1e-3, batc
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 @torch.no_grad()
@@ -138,8 +142,8 @@ def score_digits(model: nn.Module) -> Score:
     return Score(F.cross_entropy(logits, labels).item(), (logits.argmax(-1) == labels).float().mean().item())
 
 
-def train_chars(model: nn.Module, steps: int, seed: int) -> None:
-    char_gpt.train(model, steps, seed)
+def train_chars(model: nn.Module, steps: int, seed: int) -> list[float]:
+    return char_gpt.train(model, steps, seed)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch._export.verifier import TrainingIRVerifier
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -41,10 +42,13 @@ __all__ = [
     "TrainingIRVerifier",
     "_BatchNorm",
     "_DropoutNd",
+    "compiled_saved",
     "compiled_within",
     "enable_python_dispatcher",
     "fake_tensors",
+    "frame_compiler",
     "guards_code",
+    "is_traced",
     "leave_transforms",
     "make_fx",
     "operator_schemas",
@@ -66,6 +70,9 @@ torch_c = torch._C
 PyTorchFileReader = torch._C.PyTorchFileReader
 plain_tensors = _disable_current_modes
 python_dispatcher = enable_python_dispatcher
+frame_compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""What compiles the Python functions that are called from here, or None; a function that asks is itself compiled, so that
+only a builtin can."""
 operator_schemas = torch._C._jit_get_schemas_for_operator
 
 #: What is imported, by its full name, and why a public name will not do.
@@ -74,6 +81,7 @@ NAMES: dict[str, str] = {
     "torch._C.PyTorchFileReader": "a zip of tensors is listed, and its pickle scanned, before anything is loaded",
     "torch._C._VariableFunctionsClass": "pickles name functions of torch as attributes of this class",
     "torch._C._autograd._top_saved_tensors_default_hooks": "what hooks on saved tensors leave goes to those around",
+    "torch._C._dynamo.eval_frame.get_eval_frame_callback": "whether torch.compile is at work around a skipped function",
     "torch._C._functorch.get_interpreter_stack": "how many function transforms are being run, before a vmap's steps are",
     "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth": "a vmap whose steps stopped halfway is left",
     "torch._C._jit_get_schemas_for_operator": "whether an operator is registered is asked before its name is looked up",
@@ -94,6 +102,7 @@ NAMES: dict[str, str] = {
     "torch._library.custom_ops.OPDEFS": "which module defines a custom operator, so that a reader imports it first",
     "torch._ops.OpOverload": "the target of an ATen node; torch.export's graphs are made of them",
     "torch._subclasses.FakeTensor": "libraries ask for it by this name, and find none in an eager view of a trace",
+    "torch._subclasses.functional_tensor.FunctionalTensor": "hooks on saved tensors are traced on these",
     "torch._subclasses.FakeTensorMode": "shapes and dtypes without computing, for a capture that runs nothing",
     "torch.fx.experimental.proxy_tensor.make_fx": "layers and the steps of a vmap are traced as the operators that they run",
     "torch.fx.experimental.symbolic_shapes.DimDynamic": "a dynamic size read from a file is dynamic",
@@ -185,6 +194,24 @@ def top_saved_hooks() -> tuple[Any, Any] | None:
     """The innermost hooks on saved tensors, pack and unpack; None where there are none."""
     found: tuple[Any, Any] | None = torch_c._autograd._top_saved_tensors_default_hooks(True)
     return found
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for one of a trace and has no values."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def compiled_saved(outputs: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What compiled functions keep for the backward of their outputs; hooks on saved tensors do not see those that were
+    compiled with hooks of their own."""
+    todo, seen = [t.grad_fn for t in outputs], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(each for each, _ in node.next_functions)
+            if type(node).__name__ == "CompiledFunctionBackward":
+                yield from (*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ()))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

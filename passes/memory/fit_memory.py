@@ -16,8 +16,8 @@ from rewrite.graph.nodes import tensor_value
 from rewrite.graph.tree import on_meta
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
-from rewrite.training.compressed import MOVED
 from rewrite.training.inventory import Item, by_key, inventory
+from rewrite.training.packer import MOVED
 from rewrite.training.places import Place, adding, places
 from rewrite.training.planning import LOSSY, MASK, MOVE, Again, Costs, Plan, Task, planned
 from rewrite.training.rates import Rates, rates

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewrite.torch_private import pytree
+from rewrite.torch_private import frame_compiler, pytree
 
 from .properties import frozen, known, ranked, thawed, uncompiled
 
@@ -30,10 +30,15 @@ class Enter:
     name: str
     value: Any
 
-    @_uncompiled
+    @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.enter(module, args, kwargs, frame_compiler() is not None)
+
+    @_uncompiled
+    def enter(self, module: nn.Module, args: Any, kwargs: Any, is_compiled: bool) -> None:
+        """Enter the context of a forward that is compiled, or is not."""
         inputs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        around = known(self.name).around
+        around = known(self.name).context(is_compiled)
         context = nullcontext() if around is None else around(module, inputs, frozen(self.value))
         context.__enter__()
         _entered.set((*_entered.get(), context))

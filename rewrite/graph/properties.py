@@ -19,6 +19,7 @@ from torch.fx import Graph
 
 from rewrite.errors import RewriteError, did_you_mean
 from rewrite.plugins import PROPERTIES, announced, load
+from rewrite.torch_private import frame_compiler
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 _DEPTH, _LEAVES, _TEXT = 16, 100_000, 10_000
@@ -55,6 +56,11 @@ class Property:
     inference: bool = False
     execute: Callable[[Graph, Running, Any], Runner | None] | None = None
     rank: int = 0
+    compiled: Around | None = None
+
+    def context(self, is_compiled: bool) -> Around | None:
+        """The context of a forward."""
+        return self.compiled if is_compiled and self.compiled is not None else self.around
 
 
 def known(name: str) -> Property:
@@ -121,13 +127,14 @@ def ranked(properties: Mapping[str, Any]) -> list[str]:
 
 def under(run: Callable[..., Any], properties: Mapping[str, Any]) -> Callable[..., Any]:
     """``run(module, *inputs)`` in the contexts that properties put around it."""
-    arounds = [(around, properties[name]) for name in ranked(properties) if (around := known(name).around) is not None]
-    if not arounds:
+    entered = [(found, properties[name]) for name in ranked(properties) if (found := known(name)).around is not None]
+    if not entered:
         return run
 
     def applied(module: nn.Module, *inputs: Any) -> Any:
+        is_compiled = frame_compiler() is not None
         with ExitStack() as stack:
-            _enter(stack, module, [v for v in inputs if isinstance(v, torch.Tensor)], arounds)
+            _enter(stack, module, [v for v in inputs if isinstance(v, torch.Tensor)], entered, is_compiled)
             return run(module, *inputs)
 
     return uncompiled(applied)
@@ -140,10 +147,16 @@ def uncompiled(function: Callable[..., Any], *, within: bool = False) -> Callabl
 
 
 def _entered(
-    stack: ExitStack, module: nn.Module, inputs: Sequence[torch.Tensor], arounds: Sequence[tuple[Around, Any]]
+    stack: ExitStack,
+    module: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    entered: Sequence[tuple[Property, Any]],
+    is_compiled: bool,
 ) -> None:
-    for around, value in arounds:
-        stack.enter_context(around(module, inputs, value))
+    for each, value in entered:
+        around = each.context(is_compiled)
+        if around is not None:
+            stack.enter_context(around(module, inputs, value))
 
 
 _enter = uncompiled(_entered, within=True)

@@ -9,7 +9,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 
-from .compressed import BITS
+from .packer import BITS
 
 
 def variance(cost: float, bits: int) -> float:

@@ -61,7 +61,7 @@ def compared(
     program: Program, after: Program | None = None, *, compiled: bool = True, seed: int = 0, clock: Clock = time.perf_counter
 ) -> Ways:
     """The program as it is, with each block under ``torch.utils.checkpoint``, compiled, compiled with half the memory; and
-    ``after`` passes, eager and compiled.
+    ``after`` passes, eager, compiled, and compiled with half the memory.
 
     A step is one forward in training and the gradient of all parameters, on the example inputs. Raises RewriteError for a
     program on the meta device.
@@ -79,6 +79,7 @@ def compared(
         runs["passes"] = (after, None)
         if compiled:
             runs["passes, torch.compile"] = (after, 1.0)
+            runs[f"passes, torch.compile, budget {BUDGET}"] = (after, BUDGET)
     return Ways(tuple(way_of(name, each, budget, seed, clock) for name, (each, budget) in runs.items()))
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
-from .groups import side_dtype
+from .groups import Draw, drawn_by, in_rows, side_dtype
 
 _MOST, _LEAST_EXPONENT, _MANTISSA = 448.0, -6, 3
 
@@ -34,17 +33,18 @@ def float_bytes(count: int, group: int, dtype: torch.dtype) -> int:
 
 def floats(flat: torch.Tensor, group: int, generator: torch.Generator | None) -> Floats | None:
     """The numbers in groups; rounded at random where there is a ``generator``. None where one is infinite or NaN."""
-    kept = side_dtype(flat.dtype)
-    wide = torch.float64 if flat.dtype is torch.float64 else torch.float32
-    rows = F.pad(flat, (0, -flat.numel() % group)).view(-1, group).to(wide)
-    scale = (rows.abs().amax(1) / _MOST).to(kept)
-    if not bool(scale.isfinite().all()):
-        return None
-    place = rows / torch.where(scale == 0, 1, scale).to(wide)[:, None]
-    if generator is not None:
+    found = floated(flat, group, drawn_by(generator))
+    return found if bool(found.scale.isfinite().all()) else None
+
+
+def floated(flat: torch.Tensor, group: int, draw: Draw | None) -> Floats:
+    """The numbers in groups, in operators that can be traced; ``draw`` gives u, else it is rounded to nearest."""
+    rows = in_rows(flat, group)
+    scale = (rows.abs().amax(1) / _MOST).to(side_dtype(flat.dtype))
+    place = rows / torch.where(scale == 0, 1, scale).to(rows.dtype)[:, None]
+    if draw is not None:
         exponent = torch.frexp(place).exponent.sub_(1).clamp_(min=_LEAST_EXPONENT).sub_(_MANTISSA)
-        noise = torch.rand(place.shape, generator=generator, dtype=wide, device=place.device)
-        place = torch.ldexp(torch.ldexp(place, -exponent).add_(noise).floor_(), exponent)
+        place = torch.ldexp(torch.ldexp(place, -exponent).add_(draw(rows)).floor_(), exponent)
     return Floats(place.clamp_(-_MOST, _MOST).to(torch.float8_e4m3fn), scale, flat.numel(), flat.dtype)
 
 

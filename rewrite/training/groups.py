@@ -9,12 +9,16 @@ Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from .packing import pack, unpack
+
+Draw = Callable[[torch.Tensor], torch.Tensor]
+"""Gives for rows of numbers as many from [0, 1)."""
 
 
 class Groups(NamedTuple):
@@ -59,24 +63,36 @@ def as_pair(flat: torch.Tensor) -> Pair | None:
 
 def quantized(flat: torch.Tensor, bits: int, group: int, generator: torch.Generator | None) -> Groups | None:
     """The numbers in groups; rounded at random where there is a ``generator``. None where one is infinite or NaN."""
+    found = grouped(flat, bits, group, drawn_by(generator))
+    return found if bool((found.low + found.scale).isfinite().all()) else None
+
+
+def drawn_by(generator: torch.Generator | None) -> Draw | None:
+    """Draws u for each number from a generator."""
+    if generator is None:
+        return None
+    return lambda rows: torch.rand(rows.shape, generator=generator, dtype=rows.dtype, device=rows.device)
+
+
+def grouped(flat: torch.Tensor, bits: int, group: int, draw: Draw | None) -> Groups:
+    """The numbers in groups, in operators that can be traced; ``draw`` gives u, else it is ½. What is not finite is lost."""
     kept = side_dtype(flat.dtype)
-    rows = F.pad(flat, (0, -flat.numel() % group)).view(-1, group).to(torch.float32 if kept is flat.dtype else flat.dtype)
-    if kept is torch.bfloat16:
-        rows = rows.float()
+    rows = in_rows(flat, group)
     least, most = rows.aminmax(dim=1)
     top = 2**bits - 1
     low, scale = least.to(kept), ((most - least) / top).to(kept)
-    if not bool((low + scale).isfinite().all()):
-        return None
     divisor = torch.where(scale == 0, 1, scale).to(rows.dtype)
     place = (rows - low.to(rows.dtype)[:, None]) / divisor[:, None]
-    if generator is None:
-        place += 0.5
-    else:
-        place += torch.rand(place.shape, generator=generator, dtype=place.dtype, device=place.device)
+    place += 0.5 if draw is None else draw(rows)
     from_zero = (low == 0)[:, None] & (rows > 0)  # what ReLU gives: its gradient asks which numbers are above 0
     numbers = torch.maximum(place.floor_().clamp_(0, top), from_zero.to(place.dtype)).to(torch.uint8)
     return Groups(_joined(numbers, bits), low, scale, flat.numel(), bits, flat.dtype)
+
+
+def in_rows(flat: torch.Tensor, group: int) -> torch.Tensor:
+    """Numbers as groups [groups, group], filled up with 0, in the dtype that they are rounded in."""
+    wide = torch.float64 if flat.dtype is torch.float64 else torch.float32
+    return F.pad(flat, (0, -flat.numel() % group)).view(-1, group).to(wide)
 
 
 def restored(kept: Groups | Pair) -> torch.Tensor:

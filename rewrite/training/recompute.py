@@ -32,16 +32,13 @@ def around(module: nn.Module, inputs: Sequence[torch.Tensor], value: Any) -> Ite
     """Let the backward compute again what the layers at ``outputs`` gave, and all that ``regions`` keep for themselves.
 
     Of a layer at ``outputs`` its input is kept, not its result; it must be a function of that input alone. A module that
-    has nothing at a path keeps there what it kept. Compiled, the compiler decides what is computed again.
+    has nothing at a path keeps there what it kept.
     """
     if not torch.is_grad_enabled():
         yield
         return
     saver = _Saver()
-    with ExitStack() as stack:
-        regions = [] if isinstance(module, LayerGraph) else value["regions"]
-        for path, layer in _found(module, regions):
-            stack.enter_context(_checkpointing(path, layer))
+    with compiled(module, inputs, value), ExitStack() as stack:
         for _, layer in _found(module, value["outputs"]):
             handle = layer.register_forward_hook(saver.note, with_kwargs=True)
             stack.callback(handle.remove)
@@ -50,7 +47,17 @@ def around(module: nn.Module, inputs: Sequence[torch.Tensor], value: Any) -> Ite
         yield
 
 
-RECOMPUTE = Property(around, check, execute=segmented, rank=2)
+@contextmanager
+def compiled(module: nn.Module, inputs: Sequence[torch.Tensor], value: Any) -> Iterator[None]:
+    """Regions alone, where the forward is compiled: what layers gave is computed again where the compiler finds it cheap."""
+    regions = [] if isinstance(module, LayerGraph) or not torch.is_grad_enabled() else value["regions"]
+    with ExitStack() as stack:
+        for path, layer in _found(module, regions):
+            stack.enter_context(_checkpointing(path, layer))
+        yield
+
+
+RECOMPUTE = Property(around, check, execute=segmented, rank=2, compiled=compiled)
 
 
 def _found(module: nn.Module, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -105,7 +112,7 @@ class _Saver:
 
     def note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """The forward hook of a layer whose result is to be computed again."""
-        if torch.compiler.is_compiling() or not isinstance(output, torch.Tensor) or not output.requires_grad:
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:
             return
         given = [*args, *kwargs.values()]
         places = [i for i, each in enumerate(given) if isinstance(each, torch.Tensor)]

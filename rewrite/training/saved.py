@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
@@ -22,7 +23,7 @@ from rewrite.graph.properties import Runner, Running, executed, under
 from rewrite.graph.tree import on_meta
 from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
-from rewrite.torch_private import pytree
+from rewrite.torch_private import compiled_saved, is_traced, pytree
 
 BACKENDS = ("eager", "inductor")
 
@@ -113,7 +114,7 @@ def _node_by_node(program: Program, call: tuple[Any, Any], seed: int) -> _Ledger
 
 
 def _compiled(program: Program, call: tuple[Any, Any]) -> _Ledger:
-    """The first call compiles, which it can only do outside of hooks on saved tensors; the second one is measured."""
+    """The first call compiles, which it can only do outside of hooks that measure; the second one is measured."""
     module = program.clone().module.train()
     run = torch.compile(module, fullgraph=not module.properties)
     run(*call[0], **call[1])
@@ -153,6 +154,7 @@ class _Ledger:
     place: tuple[str, str] = ("", "")
     found: dict[int, tuple[tuple[str, str, str], int]] = field(default_factory=dict)
     held: Any = None
+    is_inlined: bool = False
 
     @classmethod
     def of(cls, module: LayerGraph, call: tuple[Any, Any]) -> _Ledger:
@@ -165,12 +167,27 @@ class _Ledger:
         """Note what is kept inside: by autograd itself, or in place of that by hooks on saved tensors."""
         own = {t.untyped_storage().data_ptr() for t in self.owned}
         begin = saved_tensors_hooks.__init__
+        compiled = ExitStack()
 
         def noting(hooks: saved_tensors_hooks, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
-            begin(hooks, lambda tensor: self._noted(pack(tensor), own), unpack)
+            if isinstance(pack, GraphModule):  # a compiler knows it by this, and puts it into its graphs
+                handle = pack.register_forward_hook(
+                    lambda _, args, packed: None if is_traced(*args) else self._noted(packed, own)
+                )
+                compiled.callback(handle.remove)
+                self.is_inlined = True
+                begin(hooks, pack, unpack)
+            else:
+                begin(hooks, lambda tensor: self._noted(pack(tensor), own), unpack)
 
-        with mock.patch.object(saved_tensors_hooks, "__init__", noting), saved_tensors_hooks(_same, _same):
+        with compiled, mock.patch.object(saved_tensors_hooks, "__init__", noting), saved_tensors_hooks(_same, _same):
             yield
+        if self.is_inlined:
+            results = [t for t in pytree.tree_leaves(self.held) if isinstance(t, torch.Tensor)]
+            self._noted([*compiled_saved(results)], own)
+
+    def _noted_eagerly(self, given: Sequence[torch.Tensor], packed: Any, own: set[int]) -> Any:
+        return packed if is_traced(*given) else self._noted(packed, own)
 
     def _noted(self, packed: Any, own: set[int]) -> Any:
         for tensor in pytree.tree_leaves(packed):

@@ -25,8 +25,8 @@ from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
 from rewrite.torch_private import pytree
 
-from .compressed import Storages, flat_storage
 from .groups import as_pair, quantized, restored
+from .packer import Storages, flat_storage
 
 PROBE = 4
 """The bits at which errors are tried."""

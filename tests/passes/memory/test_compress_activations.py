@@ -17,9 +17,10 @@ import rewrite
 from rewrite import ESTIMATE, SAME, Contract, Pass, RewriteError, option
 from rewrite.sources.pickles import load_module
 from rewrite.training.allotment import allotted
-from rewrite.training.compressed import ByHead, Storages, _Packer
 from rewrite.training.float8 import float_bytes, floats, from_floats
 from rewrite.training.groups import as_pair, grouped_bytes, quantized, restored
+from rewrite.training.heads import ByHead
+from rewrite.training.packer import Packer, Storages
 from rewrite.training.packing import packed_bytes
 from rewrite.training.sensitivity import sensitivities, separated
 from tests.compare import captured
@@ -256,7 +257,7 @@ def test_a_group_is_a_head(shape: tuple[int, ...]) -> None:
     sizes = torch.tensor([1e-3, 1.0, 1e3, 10.0]).view([-1 if i == axis else 1 for i in range(by_head.dim())])
     tensor = (by_head * sizes).reshape(shape)
     for given in (tensor, tensor.transpose(-1, -2).contiguous().transpose(-1, -2)):
-        packer = _Packer(Storages(frozenset()), {"bits": 8, "group": 256, "rounding": "nearest", "min_size": 1, "heads": 4})
+        packer = Packer(Storages(frozenset()), {"bits": 8, "group": 256, "rounding": "nearest", "min_size": 1, "heads": 4})
         packed = packer.pack(given)
         assert type(packed.storage) is ByHead
         assert packed.storage.numbers.low.numel() == 4

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import rewrite
 from rewrite import RewriteError
 from rewrite.passes.memory.fit_memory import FitMemory
-from rewrite.training.compressed import Storages, _Packer
 from rewrite.training.inventory import Item, inventory
 from rewrite.training.offload import Away
+from rewrite.training.packer import Packer, Storages
 from rewrite.training.planning import KEEP, MASK, MOVE, RECOMPUTE, Again, Costs, Task, planned
 from tests.compare import captured
 from tests.passes.table import Row
@@ -135,7 +135,7 @@ def test_on_a_device_a_tensor_can_wait_on_the_host() -> None:
     given = task({"a": 5.0, "b": 5.0, "c": 1.0})
     given = replace(given, costs=replace(given.costs, moving=1.0))
     assert planned(given, 2000).choices == [RECOMPUTE, RECOMPUTE, MOVE, MASK]
-    packer = _Packer(Storages(frozenset()), {"bits": [-1, 0], "group": 256, "rounding": "nearest", "min_size": 1})
+    packer = Packer(Storages(frozenset()), {"bits": [-1, 0], "group": 256, "rounding": "nearest", "min_size": 1})
     tensors = torch.randn(6, 8).t(), torch.randn(6, 8)
     moved, kept = map(packer.pack, tensors)
     assert type(moved.storage) is Away

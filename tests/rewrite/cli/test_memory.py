@@ -32,6 +32,7 @@ def test_other_ways_stand_beside_it_and_a_picture_is_drawn(model: Path, tmp_path
         "torch.compile, budget 0.5",
         "passes",
         "passes, torch.compile",
+        "passes, torch.compile, budget 0.5",
     ]
     assert not any(way["problem"] for way in found["ways"])
     assert found["ways"][0]["bytes"] == found["before"]["bytes"]
