@@ -9,9 +9,11 @@ from rewrite.analysis.observe import home, inputs_of, whole_calls
 from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.layers import ScaledDotProductAttention
 from rewrite.graph.nodes import fixed_size, tensor_value
+from rewrite.graph.tree import on_meta
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
 from rewrite.training.allotment import allotted
+from rewrite.training.inventory import inventory
 from rewrite.training.sensitivity import sensitivities
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class CompressActivations(Pass):
     """Keep saved tensors as whole numbers of 8, 4 or 2 bits in groups: min + scale · q, q = ⌊(x - min) / scale + u⌋.
 
     The forward is the same bit for bit; each storage is compressed once, masks to one bit. Parameters, buffers, inputs,
-    integers and tensors of fewer than ``min_size`` numbers are kept as they are. With stochastic rounding the mean of the
+    integers, complex numbers (the report names who keeps them) and tensors of fewer than ``min_size`` numbers are kept as
+    they are. With stochastic rounding the mean of the
     restored tensors is exact (but what lies between 0 and the first step of a group that begins at 0, as behind a ReLU, is
     not rounded to 0), new numbers are drawn at each step, and a seed gives the same ones. It is a property of the
     program: the grafted model has it too, a lowering for inference has not.
@@ -73,6 +76,9 @@ class CompressActivations(Pass):
         if self.groups == "heads":
             value["heads"] = _heads(program)
         context.edit.set_property("saved_tensors", value)
+        for item in [] if on_meta(program.module) else inventory(program, context.seed):
+            if item.obstacle and item.numbers >= self.min_size:
+                context.skip(item.path or "the program", f"{item.keeper} keeps {item.bytes:,} bytes: {item.obstacle}")
 
     def _by_data(self, program: Program, context: Context) -> list[int]:
         """The bits of each tensor, in execution order; 8 for those that are too small to be compressed."""

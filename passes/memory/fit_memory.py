@@ -19,7 +19,7 @@ from rewrite.proof.contract import ESTIMATE, SAME, Contract
 from rewrite.training.inventory import Item, by_key, inventory
 from rewrite.training.packer import MOVED
 from rewrite.training.places import Place, adding, places
-from rewrite.training.planning import LOSSY, MASK, MOVE, Again, Costs, Plan, Task, planned
+from rewrite.training.planning import KEEP, LOSSY, MASK, MOVE, Again, Costs, Plan, Task, frontier, planned
 from rewrite.training.rates import Rates, rates
 from rewrite.training.saved import memory
 from rewrite.training.sensitivity import sensitivities
@@ -44,7 +44,8 @@ class FitMemory(Pass):
     are compressed so that the gradient gets least noise, and of such plans the fastest is taken: an integer program, with
     rates measured on this machine and the noise of each tensor measured by a few backward passes (on the data's first call,
     or the example inputs). What the plan comes to is measured, and the plan made anew while it is over. The report has a row
-    for each tensor. A budget that cannot be met is refused, with the smallest that can.
+    for each tensor, and one for the best plan of each of several sizes: the frontier, which ``rewrite memory --picture``
+    draws. A budget that cannot be met is refused, with the smallest that can.
 
     The forward is the same bit for bit, and so is the gradient where nothing had to be compressed.
 
@@ -97,10 +98,14 @@ class FitMemory(Pass):
                 f"{self.text}: the best plan that was found keeps {reached:,} bytes, {reached / eager:.3f} of eager"
             )
         for item, choice in zip(task.items, plan.choices, strict=True):
+            named = f"{choice}: {item.obstacle}" if choice == KEEP and item.obstacle else choice
             context.measure(
-                f"{item.path or '(the model)'} {item.key[1]}", tensor=item.keeper, bytes=item.bytes, choice=choice
+                f"{item.path or '(the model)'} {item.key[1]}", tensor=item.keeper, bytes=item.bytes, choice=named
             )
         context.measure("in all", tensor="", bytes=eager, choice=f"{reached:,} bytes, {plan.seconds * 1e3:.2f} ms more")
+        for each in frontier(task):
+            figures = {"kept": each.bytes / eager, "seconds": each.seconds, "noise": each.noise}
+            context.measure("frontier", tensor="", bytes=each.bytes, choice="the best plan of this size", **figures)
 
     def _task(self, program: Program, context: Context) -> tuple[Task, Mapping[str, Place]]:
         items = inventory(program, context.seed)

@@ -16,6 +16,7 @@ from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
 from rewrite.training.draws import peeked_seed
+from rewrite.training.estimated import Estimated, linear_gradient, rows
 from rewrite.training.lone_linears import LinearSite, lone_linears
 from rewrite.training.sketch import Sketch, height, sketch_matrix, sketched
 
@@ -25,36 +26,23 @@ if TYPE_CHECKING:
     from rewrite.proof.part import Part
 
 
-class _Sketching:
-    """What both layers do: the forward of the linear layer, its weight's gradient from S x."""
+class _Sketching(Estimated):
+    """What both layers do: their weight's gradient comes from S x."""
 
     ratio: float
     sketch: Sketch
     salt: int
-    kind: type[nn.Module]
+    own = ("ratio", "sketch", "salt")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer: Any = self
-        y: torch.Tensor
-        if not (torch.is_grad_enabled() and layer.weight.requires_grad):
-            y = self.kind.forward(layer, x)
-            return y
-        with torch.no_grad():
-            y = self.kind.forward(layer, x)
-            rows = x.reshape(-1, x.shape[-1])
-            seed = peeked_seed(self.salt)
-            s = sketch_matrix(seed, rows, height(rows.shape[0], self.ratio), self.sketch, False)
-            kept = s @ rows
-        y = sketched(x, layer.weight, layer.bias, y, kept, seed, self.sketch, self.kind is TransposedLinear)
-        return y
+    def kept(self, x: torch.Tensor) -> tuple[Any, ...]:
+        given = rows(x)
+        seed = peeked_seed(self.salt)
+        s = sketch_matrix(seed, given, height(given.shape[0], self.ratio), self.sketch, False)
+        return s @ given, seed, self.sketch
 
-    def plain(self) -> nn.Module:
-        """The linear layer, whose forward this is."""
-        layer: Any = self
-        made = like(layer, self.kind)
-        for name in ("ratio", "sketch", "salt"):
-            made.__dict__.pop(name, None)
-        return made
+    def estimated(self, *given: Any) -> torch.Tensor:
+        found: torch.Tensor = sketched(*given)
+        return found
 
 
 class RandomizedLinear(_Sketching, nn.Linear):
@@ -108,18 +96,4 @@ class RandomizedLinearPass(Pass):
 
     def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
         """In the mean that of the linear layer."""
-        return linear_gradient(part, inputs[0], grad_outputs[0])
-
-
-def linear_gradient(part: Part, x: torch.Tensor, dy: torch.Tensor) -> Any:
-    """dx = dy W, and by name dW = dyᵀ x and db = Σ dy."""
-    ((path, layer),) = part.new.items()
-    made: Any = layer
-    rows, given = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    is_transposed = isinstance(layer, TransposedLinear)
-    weight = made.weight.detach().t() if is_transposed else made.weight.detach()
-    dw = rows.t() @ given
-    found = {f"{path}.weight": dw.t() if is_transposed else dw}
-    if made.bias is not None:
-        found[f"{path}.bias"] = rows.sum(0)
-    return [dy @ weight], found
+        return linear_gradient(part.new, inputs[0], grad_outputs[0])

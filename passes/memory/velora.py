@@ -16,6 +16,7 @@ from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
 from rewrite.training.column_linear import directed_linear
+from rewrite.training.estimated import Estimated, linear_gradient
 from rewrite.training.lone_linears import LinearSite, lone_linears
 
 if TYPE_CHECKING:
@@ -24,29 +25,18 @@ if TYPE_CHECKING:
     from rewrite.proof.part import Part
 
 
-class _Directed:
-    """What both layers do: the forward of the linear layer, its weight's gradient from z = x_sub · ``direction``."""
+class _Directed(Estimated):
+    """What both layers do: their weight's gradient comes from z = x_sub · ``direction``."""
 
-    kind: type[nn.Module]
+    direction: torch.Tensor
+    own = ("direction",)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer: Any = self
-        y: torch.Tensor
-        if not (torch.is_grad_enabled() and layer.weight.requires_grad):
-            y = self.kind.forward(layer, x)
-            return y
-        with torch.no_grad():
-            y = self.kind.forward(layer, x)
-            kept = x.unflatten(-1, (-1, layer.direction.numel())) @ layer.direction.to(x.dtype)
-        y = directed_linear(x, layer.weight, layer.bias, y, kept, layer.direction, self.kind is TransposedLinear)
-        return y
+    def kept(self, x: torch.Tensor) -> tuple[Any, ...]:
+        return x.unflatten(-1, (-1, self.direction.numel())) @ self.direction.to(x.dtype), self.direction
 
-    def plain(self) -> nn.Module:
-        """The linear layer, whose forward this is."""
-        layer: Any = self
-        made = like(layer, self.kind)
-        del made._buffers["direction"]
-        return made
+    def estimated(self, *given: Any) -> torch.Tensor:
+        found: torch.Tensor = directed_linear(*given)
+        return found
 
 
 class VeLoRALinear(_Directed, nn.Linear):
@@ -109,19 +99,11 @@ class VeLoRA(Pass):
 
     def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
         """That of the linear layer for x̂ in place of x, where the weight's is concerned."""
-        ((path, layer),) = part.new.items()
+        (layer,) = part.new.values()
         made: Any = layer
-        v, (x,), (dy,) = made.direction.double(), inputs, grad_outputs
-        sub = x.reshape(-1, x.shape[-1] // len(v), len(v))
-        restored = ((sub * v).sum(-1, keepdim=True) * v).flatten(1)
-        rows = dy.reshape(-1, dy.shape[-1])
-        is_transposed = isinstance(layer, TransposedLinear)
-        dw = rows.t() @ restored
-        parameters = {f"{path}.weight": dw.t() if is_transposed else dw}
-        if made.bias is not None:
-            parameters[f"{path}.bias"] = rows.sum(0)
-        weight = made.weight.detach()
-        return [dy @ (weight.t() if is_transposed else weight)], parameters
+        v, (x,) = made.direction.double(), inputs
+        sub = x.unflatten(-1, (-1, len(v)))
+        return linear_gradient(part.new, ((sub * v).sum(-1, keepdim=True) * v).flatten(-2), grad_outputs[0])
 
 
 def _directed(site: LinearSite, direction: torch.Tensor) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,27 @@ if TYPE_CHECKING:
     from rewrite.training.baselines import Ways
     from rewrite.training.saved import Memory
 
+
+@dataclass(frozen=True)
+class Frontier:
+    """The best plans of several sizes that a pass found: what each keeps of eager, its seconds more, the noise it makes."""
+
+    plans: tuple[Mapping[str, Any], ...]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Everything as plain JSON values."""
+        return [dict(plan) for plan in self.plans]
+
+
 NAMED = 8
 """How many layers are named before "and 21 more"."""
 
 
 def measured(
     model: Model, passes: tuple[str, ...], backend: str, data: Path | None, listener: Listener, *, baselines: bool = True
-) -> dict[str, Memory | Ways]:
-    """The memory of a model, ``before``, and ``after`` passes if there are any; the ``ways`` of training it side by side.
+) -> dict[str, Memory | Ways | Frontier]:
+    """The memory of a model, ``before``, and ``after`` passes if there are any, with the ``frontier`` of plans that one
+    noted; the ``ways`` of training it side by side.
 
     Raises RewriteError where the model cannot be read, and as passes do.
     """
@@ -33,7 +47,7 @@ def measured(
     from rewrite.training.saved import memory
 
     listener("measuring")
-    found: dict[str, Memory | Ways] = {"before": memory(program, backend=backend, seed=model.seed)}
+    found: dict[str, Memory | Ways | Frontier] = {"before": memory(program, backend=backend, seed=model.seed)}
     after = None
     if passes:
         from rewrite.pipeline.run import apply
@@ -41,6 +55,9 @@ def measured(
         after = apply(program, passes, seed=model.seed, data=samples, share=True, listener=listener)
         listener("measuring again")
         found["after"] = memory(after, backend=backend, seed=model.seed)
+        plans = tuple(row.figures for record in after.history for row in record.measured if row.path == "frontier")
+        if plans:
+            found["frontier"] = Frontier(plans)
     if baselines:
         from rewrite.training.baselines import compared
 
@@ -51,7 +68,7 @@ def measured(
 
 def memories(found: Mapping[str, Any]) -> dict[str, Memory]:
     """What was measured before and after passes."""
-    return {name: each for name, each in found.items() if name != "ways"}
+    return {name: each for name, each in found.items() if name in ("before", "after")}
 
 
 def show_memory(console: Console, found: Mapping[str, Any]) -> None:

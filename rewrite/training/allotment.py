@@ -1,15 +1,22 @@
 """How many bits each saved tensor gets: the least Σ C_l / (2^b_l - 1)² with Σ b_l n_l at most an average times Σ n_l.
 
+By integer programming: from 8 bits downwards step by step, as published, what is left at the end may be too little for the
+one tensor that needs it.
+
 Source: Liu et al., "GACT: Activation Compressed Training for Generic Network Architectures", ICML 2022 (arXiv 2206.11357).
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Sequence
 
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
 from .packer import BITS
+
+_SECONDS = 20.0
 
 
 def variance(cost: float, bits: int) -> float:
@@ -18,23 +25,23 @@ def variance(cost: float, bits: int) -> float:
 
 
 def allotted(costs: Sequence[float], sizes: Sequence[int], average: float) -> list[int]:
-    """Bits for tensors of ``sizes`` numbers: from 8 downwards, first where a bit less adds least to the variance."""
-    steps = dict(itertools.pairwise(BITS))
-    bits = [BITS[0]] * len(costs)
-    spare = sum(sizes) * average - sum(b * n for b, n in zip(bits, sizes, strict=True))
-
-    def step(place: int) -> tuple[float, int]:
-        fewer = steps[bits[place]]
-        rise = variance(costs[place], fewer) - variance(costs[place], bits[place])
-        return rise / ((bits[place] - fewer) * max(sizes[place], 1)), place
-
-    heap = [step(place) for place in range(len(costs))]
-    heapq.heapify(heap)
-    while spare < 0 and heap:
-        _, place = heapq.heappop(heap)
-        fewer = steps[bits[place]]
-        spare += (bits[place] - fewer) * sizes[place]
-        bits[place] = fewer
-        if fewer in steps:
-            heapq.heappush(heap, step(place))
-    return bits
+    """Bits for tensors of ``sizes`` numbers, ``average`` of them at most in the mean; no fewer than fit."""
+    if not costs:
+        return []
+    count, choices = len(costs), len(BITS)
+    least = 1e-5 * max(costs) or 1.0  # what costs nothing takes what is left over
+    rise = np.array([variance(max(cost, least), bits) for cost in costs for bits in BITS])
+    taken = np.array([bits * size for size in sizes for bits in BITS], dtype=float)
+    one = csr_array((np.ones(rise.size), (np.repeat(np.arange(count), choices), np.arange(rise.size))))
+    total = max(float(taken.max()), 1.0)
+    within = LinearConstraint(taken[None] / total, -np.inf, average * sum(sizes) / total * (1 + 1e-12))
+    found = milp(
+        rise / rise.max(),
+        constraints=[LinearConstraint(one, 1, 1), within],
+        integrality=np.ones(rise.size),
+        bounds=Bounds(0, 1),
+        options={"time_limit": _SECONDS, "mip_rel_gap": 1e-4},
+    )
+    if found.x is None:  # the average is the least there is, up to rounding
+        return [min(BITS)] * count
+    return [BITS[int(row.argmax())] for row in found.x.reshape(count, choices)]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .estimated import copies, estimates, input_gradient, rows
+
 
 @torch.library.custom_op("rewrite::column_linear", mutates_args=())
 def column_linear(
@@ -27,19 +29,6 @@ def column_linear(
     return y.clone()
 
 
-@column_linear.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    columns: torch.Tensor,
-    y: torch.Tensor,
-    kept: torch.Tensor,
-    places: torch.Tensor,
-    transposed: bool,
-) -> torch.Tensor:
-    return torch.empty_like(y)
-
-
 def _keep_columns(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, columns, _, kept, places, ctx.transposed = inputs
     ctx.dtype = x.dtype
@@ -50,14 +39,14 @@ def _columns_backward(ctx: Any, grad: torch.Tensor) -> Any:
     weight, columns, kept, places = ctx.saved_tensors
     dx = dc = None
     if ctx.needs_input_grad[0]:
-        used = weight.to(grad.dtype)
-        dx = grad @ (used.t() if ctx.transposed else used)
+        dx = input_gradient(grad, weight, ctx.transposed)
         dx = dx.index_copy(-1, places, grad @ columns.to(grad.dtype)).to(ctx.dtype)
     if ctx.needs_input_grad[2]:
-        dc = (_rows(grad).t() @ _rows(kept).to(grad.dtype)).to(columns.dtype)
+        dc = (rows(grad).t() @ rows(kept).to(grad.dtype)).to(columns.dtype)
     return dx, None, dc, None, None, None, None
 
 
+copies(column_linear)
 column_linear.register_autograd(_columns_backward, setup_context=_keep_columns)
 
 
@@ -75,42 +64,9 @@ def directed_linear(
     return y.clone()
 
 
-@directed_linear.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    kept: torch.Tensor,
-    direction: torch.Tensor,
-    transposed: bool,
-) -> torch.Tensor:
-    return torch.empty_like(y)
+def _along(dy: torch.Tensor, kept: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    along = dy.t() @ rows(kept).to(dy.dtype)
+    return (along[:, :, None] * direction.to(dy.dtype)).flatten(1)
 
 
-def _keep_direction(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, _, kept, direction, ctx.transposed = inputs
-    ctx.dtype, ctx.has_bias = x.dtype, bias is not None
-    ctx.save_for_backward(weight, kept, direction)
-
-
-def _direction_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    weight, kept, direction = ctx.saved_tensors
-    dx = dw = db = None
-    if ctx.needs_input_grad[0]:
-        used = weight.to(grad.dtype)
-        dx = (grad @ (used.t() if ctx.transposed else used)).to(ctx.dtype)
-    if ctx.needs_input_grad[1]:
-        along = _rows(grad).t() @ _rows(kept).to(grad.dtype)
-        dw = (along[:, :, None] * direction.to(grad.dtype)).flatten(1).to(weight.dtype)
-        dw = dw.t() if ctx.transposed else dw
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        db = _rows(grad).sum(0)
-    return dx, dw, db, None, None, None, None
-
-
-directed_linear.register_autograd(_direction_backward, setup_context=_keep_direction)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+estimates(directed_linear, _along)

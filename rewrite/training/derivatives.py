@@ -14,7 +14,7 @@ from rewrite.graph.like import like
 from rewrite.graph.spelled import SpelledActivation
 from rewrite.graph.straight import Straight
 
-from .steps import Steps, best_steps
+from .steps import Density, Steps, best_steps
 
 Method = Literal["few-bit", "approx-bp"]
 _SPELLED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -49,8 +49,9 @@ def straight(layer: nn.Module) -> nn.Module:
     return like(layer, type(layer), inplace=False) if hasattr(layer, "inplace") else copy.deepcopy(layer)
 
 
-def steps_for(layer: nn.Module, bits: int, method: Method) -> Steps | None:
-    """The step function for an activation's derivative: exact in 1 bit where it is piecewise linear.
+def steps_for(layer: nn.Module, bits: int, method: Method, density: Density | None = None) -> Steps | None:
+    """The step function for an activation's derivative: exact in 1 bit where it is piecewise linear, else the best one for
+    the ``density`` of what it is given.
 
     None where ``method`` is approx-bp and knows none.
     """
@@ -58,7 +59,7 @@ def steps_for(layer: nn.Module, bits: int, method: Method) -> Steps | None:
     if exact is not None:
         return exact
     if method == "few-bit":
-        return best_steps(function(layer), bits)
+        return best_steps(function(layer), bits, density)
     found = APPROX_BP.get(_family(layer))
     if found is None:
         return None

@@ -40,6 +40,12 @@ class Item:
     is_mask: bool
     maker: str = ""
     is_inner: bool = False
+    dtype: str = ""
+
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot be compressed, whatever its size; empty where it can."""
+        return "" if self.is_rounded or self.is_mask else f"{self.dtype} is not compressed"
 
 
 def inventory(program: Program, seed: int = 0) -> list[Item]:
@@ -100,7 +106,10 @@ class _Taker:
             name = (self.node, self.counts[self.node])
             self.counts[self.node] += 1
             is_rounded = flat.is_floating_point() and not is_mask
-            self.items.append(Item(name, self.path, self.node, flat.nbytes, flat.numel(), is_rounded, is_mask, maker, inner))
+            dtype = str(flat.dtype).removeprefix("torch.")
+            self.items.append(
+                Item(name, self.path, self.node, flat.nbytes, flat.numel(), is_rounded, is_mask, maker, inner, dtype)
+            )
         return tensor
 
 

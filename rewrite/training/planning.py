@@ -21,6 +21,8 @@ from .packing import packed_bytes
 
 LOSSY = (8, 4)
 KEEP, RECOMPUTE, MASK, MOVE = "keep", "recompute", "1 bit", "offload"
+FRONTIER = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
+"""Of what eager keeps: the budgets of a frontier."""
 _SECONDS = 20.0
 _SLACK = 1.01
 
@@ -88,6 +90,20 @@ def planned(task: Task, budget: int, *, lossy: bool = True) -> Plan:
             f"a budget of {budget:,} bytes cannot be met: the smallest is {least_bytes:,} bytes, {share:.3f} of eager"
         )
     return model.plan(found)
+
+
+def frontier(task: Task) -> list[Plan]:
+    """The best plans of ever smaller budgets, as far as they can be met: lossy ones only where noise was measured."""
+    eager = sum(item.bytes for item in task.items)
+    found: list[Plan] = []
+    for share in FRONTIER:
+        try:
+            plan = planned(task, int(share * eager), lossy=bool(task.costs.noise))
+        except RewriteError:
+            break
+        if not found or plan.bytes < found[-1].bytes:
+            found.append(plan)
+    return found
 
 
 @dataclass

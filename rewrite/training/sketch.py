@@ -10,11 +10,12 @@ rows without replacement E[Sᵀ S] = (k / n) n I.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from .draws import move_on
+from .estimated import estimates
 
 Sketch = Literal["gaussian", "rademacher", "dct", "rows"]
 SKETCHES = get_args(Sketch)
@@ -79,39 +80,10 @@ def sketched(
     return y.clone()
 
 
-@sketched.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    kept: torch.Tensor,
-    seed: torch.Tensor,
-    sketch: str,
-    transposed: bool,
-) -> torch.Tensor:
-    return torch.empty_like(y)
+def _from_sketches(dy: torch.Tensor, kept: torch.Tensor, seed: torch.Tensor, sketch: str) -> torch.Tensor:
+    s = sketch_matrix(seed, dy, kept.shape[0], sketch, True)
+    found: torch.Tensor = ((s @ dy).t() @ kept.to(dy.dtype)) / kept.shape[0]
+    return found
 
 
-def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, _, kept, seed, ctx.sketch, ctx.transposed = inputs
-    ctx.dtype, ctx.has_bias = x.dtype, bias is not None
-    ctx.save_for_backward(weight, kept, seed)
-
-
-def _backward(ctx: Any, grad: torch.Tensor) -> Any:
-    weight, kept, seed = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    used = weight.to(grad.dtype)
-    dx = (grad @ (used.t() if ctx.transposed else used)).to(ctx.dtype) if wants_x else None
-    rows = grad.reshape(-1, grad.shape[-1])
-    dw = None
-    if wants_weight:
-        s = sketch_matrix(seed, rows, kept.shape[0], ctx.sketch, True)
-        dw = ((s @ rows).t() @ kept.to(grad.dtype)) / kept.shape[0]
-        dw = (dw.t() if ctx.transposed else dw).to(weight.dtype)
-    db = rows.sum(0) if ctx.has_bias and wants_bias else None
-    return dx, dw, db, None, None, None, None, None
-
-
-sketched.register_autograd(_backward, setup_context=_keep)
+estimates(sketched, _from_sketches)

@@ -2,12 +2,14 @@
 
 For f' on [-SPAN, SPAN] and k = 2^bits intervals it minimizes Σ ∫ (f'(x) - level_i)² dx over the borders. The best level of
 an interval [a, b] is the mean of f' there, (f(b) - f(a)) / (b - a), and the interval costs ∫ f'² - (f(b) - f(a))² / (b - a).
+With a density w of x it minimizes Σ ∫ w (f'(x) - level_i)² dx: the means are those under w.
 
 Source: Novikov et al., "Few-bit Backward", ICML 2023 (arXiv 2202.00441), section 3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,29 +48,53 @@ class Steps:
         return torch.tensor(self.levels, dtype=torch.float64, device=x.device)[place % len(self.levels)]
 
 
-def best_steps(function: Function, bits: int) -> Steps:
+@dataclass(frozen=True)
+class Density:
+    """How often values are met: 9 of 10 from a normal distribution, one from one that is twice as wide, since training moves
+    it; and next to nothing everywhere, so that each interval has a mean."""
+
+    mean: float
+    deviation: float
+
+    def at(self, x: torch.Tensor) -> torch.Tensor:
+        """w(x)."""
+        return 0.9 * self._normal(x, 1) + 0.1 * self._normal(x, 2) + 1e-6
+
+    def _normal(self, x: torch.Tensor, wider: float) -> torch.Tensor:
+        deviation = wider * max(self.deviation, _SPACING)
+        return (-0.5 * ((x - self.mean) / deviation).square()).exp() / (deviation * math.sqrt(2 * math.pi))
+
+
+def best_steps(function: Function, bits: int, density: Density | None = None) -> Steps:
     """The best step function of 2^bits levels for the derivative of ``function``, which is smooth or piecewise so."""
     count = 2**bits
     reach = torch.linspace(-_REACH, _REACH, int(2 * _REACH / _SPACING) + 1, dtype=torch.float64)
-    borders = _chosen(function, reach, count)
+    borders = _chosen(function, reach, count, density)
     width = _SPACING
     for _ in range(_ROUNDS):
         near = torch.linspace(-width, width, 2 * _NEAR + 1, dtype=torch.float64)
-        borders = _chosen(function, (borders[:, None] + near).flatten().unique(), count)
+        borders = _chosen(function, (borders[:, None] + near).flatten().unique(), count, density)
         width /= _NARROWING
-    return Steps(tuple(borders.tolist()), tuple(mean_slopes(function, borders).tolist()))
+    return Steps(tuple(borders.tolist()), tuple(mean_slopes(function, borders, density).tolist()))
 
 
-def mean_slopes(function: Function, borders: torch.Tensor) -> torch.Tensor:
+def mean_slopes(function: Function, borders: torch.Tensor, density: Density | None = None) -> torch.Tensor:
     """The mean of the derivative in each interval that the borders make of [-SPAN, SPAN]."""
-    edges = torch.cat([borders.new_tensor([-SPAN]), borders, borders.new_tensor([SPAN])])
-    return function(edges).diff() / edges.diff()
+    edges = _edges(borders)
+    if density is None:
+        return function(edges).diff() / edges.diff()
+    weight, slope, _ = _integrals(function, edges, density)
+    return slope.diff() / weight.diff()
 
 
-def _chosen(function: Function, candidates: torch.Tensor, count: int) -> torch.Tensor:
+def _edges(borders: torch.Tensor) -> torch.Tensor:
+    return torch.cat([borders.new_tensor([-SPAN]), borders, borders.new_tensor([SPAN])])
+
+
+def _chosen(function: Function, candidates: torch.Tensor, count: int, density: Density | None) -> torch.Tensor:
     """The best ``count`` - 1 borders among candidates: D_k(j) = min_i D_(k-1)(i) + cost(i, j)."""
-    edges = torch.cat([candidates.new_tensor([-SPAN]), candidates, candidates.new_tensor([SPAN])])
-    cost = _costs(function, edges)
+    edges = _edges(candidates)
+    cost = _costs(function, edges, density)
     best, came = cost[0], []
     for _ in range(count - 1):
         best, source = (best[:, None] + cost).min(0)
@@ -80,17 +106,17 @@ def _chosen(function: Function, candidates: torch.Tensor, count: int) -> torch.T
     return edges[torch.tensor(places[::-1])]
 
 
-def _costs(function: Function, edges: torch.Tensor) -> torch.Tensor:
+def _costs(function: Function, edges: torch.Tensor, density: Density | None) -> torch.Tensor:
     """What an interval from each edge to each later one costs; infinite where it is none."""
-    values, squares = function(edges), _squares(function, edges)
-    length = edges[None, :] - edges[:, None]
-    rise = values[None, :] - values[:, None]
-    cost = squares[None, :] - squares[:, None] - rise.square() / length
-    return torch.where(length > 0, cost, torch.inf)
+    weights, slopes, squares = _integrals(function, edges, density)
+    if density is None:
+        weights, slopes = edges, function(edges)
+    weight, rise, square = (each[None, :] - each[:, None] for each in (weights, slopes, squares))
+    return torch.where(weight > 0, square - rise.square() / weight, torch.inf)
 
 
-def _squares(function: Function, edges: torch.Tensor) -> torch.Tensor:
-    """∫ f'² from the first edge to each, by Gauss and Legendre's rule of three points in fine cells."""
+def _integrals(function: Function, edges: torch.Tensor, density: Density | None) -> list[torch.Tensor]:
+    """∫ w, ∫ w f' and ∫ w f'² from the first edge to each, by Gauss and Legendre's rule of three points in fine cells."""
     fine = torch.linspace(-SPAN, SPAN, int(2 * SPAN / _SPACING) + 1, dtype=torch.float64)
     cells = torch.cat([fine, edges]).unique()
     middle, half = (cells[1:] + cells[:-1]) / 2, cells.diff() / 2
@@ -98,5 +124,9 @@ def _squares(function: Function, edges: torch.Tensor) -> torch.Tensor:
     points = torch.stack([middle - offset * half, middle, middle + offset * half]).requires_grad_()
     (slope,) = torch.autograd.grad(function(points).sum(), points)
     weights = slope.new_tensor([outer, inner, outer])[:, None]
-    sums = torch.cat([half.new_zeros(1), ((weights * slope.square()).sum(0) * half).cumsum(0)])
-    return sums[torch.searchsorted(cells, edges)]
+    weights = weights if density is None else weights * density.at(points.detach())
+    found = []
+    for values in (weights.expand_as(slope), weights * slope, weights * slope.square()):
+        sums = torch.cat([half.new_zeros(1), (values.sum(0) * half).cumsum(0)])
+        found.append(sums[torch.searchsorted(cells, edges)])
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from rewrite.passes.memory.fit_memory import FitMemory
 from rewrite.training.inventory import Item, inventory
 from rewrite.training.offload import Away
 from rewrite.training.packer import Packer, Storages
-from rewrite.training.planning import KEEP, MASK, MOVE, RECOMPUTE, Again, Costs, Task, planned
+from rewrite.training.planning import FRONTIER, KEEP, MASK, MOVE, RECOMPUTE, Again, Costs, Task, planned
 from tests.compare import captured
 from tests.passes.table import Row
 
@@ -144,8 +143,37 @@ def test_on_a_device_a_tensor_can_wait_on_the_host() -> None:
     assert kept is tensors[1]
 
 
-def test_it_survives_a_file(tmp_path: Path) -> None:
-    program = rewrite.apply(net(), "fit-memory{budget=0.25}", args=(X,))
-    again = rewrite.load(rewrite.save(program, tmp_path / "net.pt2"))
-    assert rewrite.memory(again).bytes == rewrite.memory(program).bytes
-    assert all(map(torch.equal, gradients(again.module), gradients(program.module)))
+class Odd(nn.Module):
+    """Keeps complex numbers and integers for its backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.filter = nn.Linear(64, 64), nn.Parameter(torch.randn(33))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).tanh()
+        spectrum = torch.fft.rfft(y) * self.filter
+        found: Tensor = torch.fft.irfft(spectrum) + y.gather(1, y.argsort(1))
+        return found
+
+
+def test_what_cannot_be_compressed_is_named() -> None:
+    program = rewrite.apply(Odd(), "fit-memory{budget=0.9 min_size=64}", args=(X,), verify=False)
+    choices = {row.figures["tensor"]: row.figures["choice"] for row in program.history[-1].measured}
+    assert choices["mul"] == "keep: complex64 is not compressed"
+    assert choices["argsort"] == "keep: int64 is not compressed"
+    (record,) = rewrite.apply(Odd(), "compress-activations{min_size=64}", args=(X,), verify=False).history
+    assert [skip.reason for skip in record.skipped] == [
+        "mul keeps 8,448 bytes: complex64 is not compressed",
+        "argsort keeps 16,384 bytes: int64 is not compressed",
+    ]
+
+
+def test_the_frontier_is_reported_and_falls() -> None:
+    program = rewrite.apply(flat(), "fit-memory{budget=0.2 min_size=64}", args=(X,), verify=False)
+    plans = [row.figures for row in program.history[-1].measured if row.path == "frontier"]
+    kept = [float(plan["kept"]) for plan in plans]
+    assert kept == sorted(kept, reverse=True)
+    assert len(kept) >= 3
+    assert kept[0] <= FRONTIER[0]
+    assert float(plans[-1]["noise"]) > float(plans[0]["noise"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,27 +101,6 @@ def test_each_step_draws_anew_a_seed_gives_the_same_and_the_forward_is_the_same(
     wanted = model.train()(X)
     torch.manual_seed(5)
     assert torch.equal(module.train()(X), wanted)
-
-
-def test_it_survives_every_way_that_a_model_goes(tmp_path: Path) -> None:
-    model = net()
-    program = rewrite.apply(model, "randomized-linear{sketch=rademacher}", args=(X,))
-    wanted = gradients(program.module)
-    grafted = rewrite.graft(program, model)
-    torch.save(grafted, tmp_path / "net.pt")
-    forms = {
-        "copied": copy.deepcopy(program.module),
-        "loaded": rewrite.load(rewrite.save(program, tmp_path / "net.pt2")).module,
-        "grafted": grafted,
-        "pickled": torch.load(tmp_path / "net.pt", weights_only=False),
-        "captured again": rewrite.capture(grafted, (X,)).module,
-        "compiled": torch.compile(copy.deepcopy(grafted), backend="aot_eager", fullgraph=True),
-    }
-    for name, module in forms.items():
-        assert all(map(torch.allclose, wanted, gradients(module))), name
-    lowered: Any = rewrite.lower(program)
-    assert type(lowered.module.get_submodule("3")) is nn.Linear
-    assert not hasattr(lowered.module.get_submodule("3"), "ratio")
 
 
 def test_under_autocast_the_forward_is_the_same() -> None:

@@ -25,6 +25,7 @@ def test_memory_as_json(model: Path) -> None:
 def test_other_ways_stand_beside_it_and_a_picture_is_drawn(model: Path, tmp_path: Path) -> None:
     picture = tmp_path / "memory.png"
     found: Any = json.loads(run("memory", model, *MLP_INPUTS, "--pass", "few-bit", "--picture", picture, "--json").stdout)
+    assert "frontier" not in found
     assert [way["name"] for way in found["ways"]] == [
         "eager",
         "checkpoint per block",
@@ -39,6 +40,14 @@ def test_other_ways_stand_beside_it_and_a_picture_is_drawn(model: Path, tmp_path
     assert found["ways"][4]["bytes"] == found["after"]["bytes"]
     assert all(way["peak"] >= way["bytes"] > 0 and way["seconds"] > 0 for way in found["ways"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_frontier_is_drawn(model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "frontier.svg"
+    text = ["--pass", "fit-memory{budget=0.9 min_size=1}", "--no-baselines", "--picture", picture]
+    found: Any = json.loads(run("memory", model, *MLP_INPUTS, *text, "--json").stdout)
+    assert found["frontier"][0]["kept"] <= 0.75
+    assert "the best plan of each size" in picture.read_text()
 
 
 def test_a_picture_of_another_kind_is_refused(model: Path) -> None:
