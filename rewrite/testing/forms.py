@@ -16,7 +16,7 @@ from rewrite.graph.program import Program
 
 from .fresh import FreshProcess
 from .observe import Observed, bytes_of, differences, first_difference, observe, projected, tensors, untouched
-from .subject import moved
+from .subject import cast_outputs, moved
 from .trial import Trial, changed_paths, differs_from, fail
 
 MODES = (False, True)
@@ -169,10 +169,11 @@ def _step(module: nn.Module, program: Program) -> dict[str, Tensor]:
 
 def check_bfloat16(trial: Trial) -> str:
     """The result can be cast as the model can, and the pass works on the model in bfloat16, parameters included."""
-    expected = _in_bfloat16(trial.program)
+    expected = trial.subject.cast_outputs
     if expected is None:
         return "not checked: the model itself does not run in bfloat16"
-    _same_dtypes(expected, _cast_and_run(trial.result))
+    if trial.changes:
+        _same_dtypes(expected, _cast_and_run(trial.result))
     half = trial.subject.bfloat16
     if half is None:
         return "cast; the pass itself is not checked: the model is not captured in bfloat16"
@@ -188,24 +189,11 @@ def check_bfloat16(trial: Trial) -> str:
     return "cast, and rewritten in bfloat16"
 
 
-def _in_bfloat16(program: Program) -> list[Tensor] | None:
-    try:
-        return _cast_run(program)
-    except Exception:
-        return None
-
-
 def _cast_and_run(program: Program) -> list[Tensor]:
     try:
-        return _cast_run(program)
+        return cast_outputs(program)
     except Exception as error:
         raise fail("bfloat16", f"cast to bfloat16 it does not run: {type(error).__name__}: {error}") from error
-
-
-def _cast_run(program: Program) -> list[Tensor]:
-    module = program.clone().module.to(torch.bfloat16)
-    args, kwargs = moved((program.example_args, dict(program.example_kwargs)), torch.bfloat16)
-    return [*observe(module, args, kwargs, train=True).outputs, *observe(module, args, kwargs, train=False).outputs]
 
 
 def _same_dtypes(expected: list[Tensor], found: list[Tensor]) -> None:

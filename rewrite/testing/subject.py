@@ -16,6 +16,8 @@ from rewrite.frontend.capture import capture
 from rewrite.graph.program import Program
 from rewrite.torch_private import pytree
 
+from .observe import observe
+
 
 class Bare(nn.Module):
     """Its inputs, reversed along their last axis: no parameter, no layer, nothing saved for a backward."""
@@ -59,6 +61,14 @@ class Subject:
         return self._cast(torch.bfloat16)
 
     @cached_property
+    def cast_outputs(self) -> list[Tensor] | None:
+        """What the program gives once it is cast to bfloat16, in training and in evaluation; None where it does not run."""
+        try:
+            return cast_outputs(self.program)
+        except Exception:
+            return None
+
+    @cached_property
     def meta(self) -> Program | None:
         """The model without its values; None where it is not to be had."""
         return self._cast(torch.device("meta"))
@@ -77,3 +87,10 @@ def moved(value: Any, to: torch.dtype | torch.device) -> Any:
     """Containers with their tensors on a device, or with their floating tensors in a dtype."""
     fits: Callable[[Tensor], bool] = lambda t: t.is_floating_point() or isinstance(to, torch.device)  # noqa: E731
     return pytree.tree_map_only(Tensor, lambda t: t.to(to) if fits(t) else t, value)
+
+
+def cast_outputs(program: Program) -> list[Tensor]:
+    """What a program gives once it is cast to bfloat16, in training and then in evaluation."""
+    module = program.clone().module.to(torch.bfloat16)
+    args, kwargs = moved((program.example_args, dict(program.example_kwargs)), torch.bfloat16)
+    return [*observe(module, args, kwargs, train=True).outputs, *observe(module, args, kwargs, train=False).outputs]

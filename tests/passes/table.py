@@ -80,20 +80,34 @@ def _cost(row: Row) -> tuple[bool, int]:
 
 
 class SharedSubject(Subject):
-    """A case as a subject. Its capture is made once a test run, by whichever worker is first, and read by the others."""
+    """A case as a subject. Its captures are made once a test run, by whichever worker is first, and read by the others."""
 
     def __init__(self, name: str, folder: Path) -> None:
         chosen = case(name)
         super().__init__(chosen.build(), *chosen.inputs(*CAPTURED))
-        self.name, self.file = name, folder / f"{name}.pt2"
+        self.name, self.folder = name, folder
 
     @cached_property
     def program(self) -> rewrite.Program:
-        with FileLock(f"{self.file}.lock"):
-            if self.file.exists():
-                return rewrite.load(self.file)
-            rewrite.save(captured(self.name), self.file)
-            return captured(self.name)
+        found = self._shared("as it is", lambda: captured(self.name))
+        assert found is not None
+        return found
+
+    def _cast(self, to: torch.dtype | torch.device) -> rewrite.Program | None:
+        return self._shared(f"{to}", lambda: super(SharedSubject, self)._cast(to))
+
+    def _shared(self, form: str, make: Callable[[], rewrite.Program | None]) -> rewrite.Program | None:
+        file = self.folder / f"{self.name} {form}.pt2"
+        none = file.with_suffix(".none")
+        with FileLock(f"{file}.lock"):
+            if file.exists():
+                return rewrite.load(file)
+            made = None if none.exists() else make()
+            if made is None:
+                none.touch()
+            else:
+                rewrite.save(made, file)
+            return made
 
 
 class Prepared(Subject):
