@@ -17,8 +17,9 @@ from torch import nn
 
 from rewrite.errors import RewriteError
 from rewrite.frontend.capture import capture
+from rewrite.graph.change import Change
 from rewrite.graph.copies import uncollected
-from rewrite.graph.edit import Change, Editor
+from rewrite.graph.edit import Editor
 from rewrite.graph.history import Record, Site, Verification
 from rewrite.graph.maps import Step
 from rewrite.graph.program import Program, tensors_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.edit import Change, Kind
+from rewrite.graph.change import Change, Kind
 from rewrite.graph.history import Check
 from rewrite.graph.nodes import attribute, literal_arguments
 from rewrite.graph.program import Container, Program

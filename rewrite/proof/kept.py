@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from rewrite.graph.edit import Change
+from rewrite.graph.change import Change
 from rewrite.graph.fakes import fake_value
 from rewrite.graph.history import Check
 from rewrite.graph.nodes import tensor_value

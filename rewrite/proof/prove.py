@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rewrite.graph.edit import Change
+from rewrite.graph.change import Change
 from rewrite.graph.history import Check, Verification
 from rewrite.graph.program import Program
 from rewrite.graph.relation import moved

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewrite import Program, capture
-from rewrite.graph.edit import Change, Editor
+from rewrite.graph.change import Change
+from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import aten
 from rewrite.proof.frame import differs, frame
 
