@@ -36,6 +36,7 @@ def announced(group: str) -> tuple[EntryPoint, ...]:
 
 
 def find(group: str, kind: str, name: str) -> EntryPoint:
+    """The installed entry point of that name. Raises RewriteError, with names like it, where there is none."""
     found = installed(group)
     if name not in found:
         raise RewriteError(unknown(group, kind, name))
@@ -43,17 +44,20 @@ def find(group: str, kind: str, name: str) -> EntryPoint:
 
 
 def unknown(group: str, kind: str, name: str) -> str:
+    """Words for a name that nothing installed has."""
     known = tuple(installed(group))
     return f"there is no {kind} '{name}'{did_you_mean(name, known)}; installed: {', '.join(known)}"
 
 
 def provider(entry_point: EntryPoint) -> str:
+    """The package that an entry point comes from."""
     dist = entry_point.dist
     package = f"{dist.name} {dist.version}" if dist else "an unknown package"
     return f"{package} ({entry_point.value})"
 
 
 def load(entry_point: EntryPoint, kind: str) -> Any:
+    """What an entry point names. Raises RewriteError, with its package, where it cannot be imported."""
     try:
         return entry_point.load()
     except (ImportError, AttributeError) as error:

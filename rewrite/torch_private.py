@@ -203,7 +203,8 @@ def is_traced(tensor: torch.Tensor) -> bool:
 
 def compiled_saved(outputs: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """What compiled functions keep for the backward of their outputs; hooks on saved tensors do not see those that were
-    compiled with hooks of their own."""
+    compiled with hooks of their own.
+    """
     todo, seen = [t.grad_fn for t in outputs], set()
     while todo:
         node = todo.pop()

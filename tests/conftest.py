@@ -1,5 +1,6 @@
 """What all tests need: a torchvision that the model libraries can import, few threads, the gpu marker, tests of one
-model side by side in one worker, and the same random numbers whatever ran before."""
+model side by side in one worker, and the same random numbers whatever ran before.
+"""
 
 from __future__ import annotations
 

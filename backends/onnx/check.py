@@ -37,6 +37,7 @@ def tolerance(exported: ExportedProgram) -> float:
 
 
 def check_format(program: Program, file: Path) -> None:
+    """Hold a file against the standard. Raises RewriteError where it is not valid ONNX."""
     import onnx
 
     try:
@@ -46,6 +47,7 @@ def check_format(program: Program, file: Path) -> None:
 
 
 def on_cpu(program: Program, file: Path) -> Session:
+    """ONNX Runtime's session of a file on the CPU. Raises RewriteError where it does not run there."""
     need("onnxruntime")
     try:
         return Session(file, [CPU])

@@ -125,6 +125,7 @@ def _settle_strides(exported: ExportedProgram) -> None:
 
 
 def converted(program: Program, flat: Flat, exported: ExportedProgram, opset: int) -> Any:
+    """The ONNX model of an export, by torch's exporter. Raises RewriteError where it cannot be converted."""
     try:
         model = torch.onnx.export(
             exported,
@@ -166,6 +167,7 @@ def _axis_names(inputs: Sequence[str], exported: ExportedProgram) -> tuple[dict[
 
 
 def failure(program: Program, step: str, error: Exception) -> RewriteError:
+    """The error of a step that did not work."""
     return RewriteError(
         f"{program.origin.model_class} cannot be exported to ONNX, {step}: {reason(error)}; other lowerings do not need ONNX"
     )

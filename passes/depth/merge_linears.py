@@ -45,6 +45,8 @@ class MergedLinear(nn.Linear):
 
 
 class Site(NamedTuple):
+    """Siblings that become one layer."""
+
     path: str
     types: tuple[str, ...]
     members: tuple[Sibling, ...]

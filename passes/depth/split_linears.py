@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
+    """A merged layer and its call."""
+
     path: str
     types: tuple[str, ...]
     node: Node

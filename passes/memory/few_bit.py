@@ -66,6 +66,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {"few-bit": (1.0, 0.65), "approx-bp": 
 
 
 class Site(NamedTuple):
+    """An activation and its calls."""
+
     path: str
     types: tuple[str, ...]
     layer: nn.Module

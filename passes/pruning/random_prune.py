@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
+    """A layer with a weight to mask."""
+
     path: str
     types: tuple[str, ...]
     layer: Any

@@ -241,7 +241,8 @@ def _path(parts: Parts, output: Node) -> str:
 
 def _blocks(paths: Sequence[str], kinds: Sequence[Kind]) -> list[str]:
     """The path of each branch's block, "" outside of any. A block is the innermost numbered module that a branch shares
-    with one of another kind right before or behind it; where it shares none, the innermost numbered one that it lies in."""
+    with one of another kind right before or behind it; where it shares none, the innermost numbered one that it lies in.
+    """
     blocks = []
     for i, path in enumerate(paths):
         own = _prefixes(path)

@@ -25,7 +25,8 @@ _GRID = torch.logspace(-2, 6, 33, base=2.0, dtype=torch.float64)
 @dataclass(frozen=True)
 class Curve:
     """An odd function f that rises to 1, and its scale from C channels, the m that the norm's output is bounded by
-    (|n(x)| < √m: C - 1 of a LayerNorm, C of an RMSNorm) and the harmonic mean σ of the tokens' deviations."""
+    (|n(x)| < √m: C - 1 of a LayerNorm, C of an RMSNorm) and the harmonic mean σ of the tokens' deviations.
+    """
 
     function: Callable[[torch.Tensor], torch.Tensor]
     scale: Callable[[int, int, float], float]

@@ -65,7 +65,8 @@ def parts_of(program: Program, nodes: Sequence[Node], norms: Collection[Node]) -
 
 def is_projection(program: Program, node: Node) -> bool:
     """Whether a node maps each position's channels alone: a linear layer, a convolution of size 1, a product with a
-    parameter."""
+    parameter.
+    """
     if _is_layer(program, node, (nn.Linear, TransposedLinear)):
         return True
     if _is_layer(program, node, _CONVOLUTIONS):

@@ -62,6 +62,7 @@ class Match:
 
 
 def path_of(node: Node) -> str:
+    """Where a node stands: its layer's path, or its own name."""
     return str(node.target) if node.op == "call_module" else node.name
 
 
@@ -80,6 +81,7 @@ def find(program: Program, pattern: Pattern) -> Iterator[Match]:
 
 
 def matches(pattern: Any, value: Any, match: Match, program: Program, root: bool = False) -> bool:
+    """Whether a value has a pattern's form; what its variables stand for is noted in ``match``."""
     if isinstance(pattern, Var):
         return match.values.setdefault(pattern.name, value) is value
     if not isinstance(pattern, Call | Layer):

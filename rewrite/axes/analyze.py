@@ -179,7 +179,8 @@ def _parts(found: Any) -> list[Axes]:
 
 def _traced(node: Node, layer: nn.Module) -> tuple[Graph, list[torch.Tensor]] | None:
     """The operators that a layer's forward calls in evaluation, and the tensors of its that they read before its inputs;
-    None where it cannot be traced."""
+    None where it cannot be traced.
+    """
     values = [v.meta.get("val") if isinstance(v, Node) else v for v in node.args]
     if node.kwargs or not all(isinstance(v, torch.Tensor | int | float | bool | None) for v in values):
         return None

@@ -32,7 +32,8 @@ Rest = Literal["none", "zero", "mean"]
 class Copies:
     """An atom whose units are copied, in order and again from the first. With a ``rest`` only whole rounds of them are, and
     what is left of the new size holds 0 or the mean of all; ``at_rest`` says otherwise for tensors by name. ``free(name)``
-    tells that a tensor reads 0 there."""
+    tells that a tensor reads 0 there.
+    """
 
     dim: Dim
     size: int

@@ -31,7 +31,8 @@ Entries = Callable[[str, int], Sequence[bool] | None]
 @dataclass(frozen=True)
 class Growth:
     """An atom with more entries. A new one is 0 along an axis in a role of ``zero``; and where ``entries`` says so, for an
-    axis of several parts (queries, keys and values in one matrix), by the old entry beside it."""
+    axis of several parts (queries, keys and values in one matrix), by the old entry beside it.
+    """
 
     dim: Dim
     size: int

@@ -73,6 +73,7 @@ def _show_written(console: Console, outcome: Outcome) -> None:
 
 
 def headline(program: Program, *, captured: bool) -> Text:
+    """The model's class and size, and how long its capture took."""
     took = f", captured in {sum(program.origin.seconds.values()):.1f} s" if captured else ""
     name = program.origin.model_class.rpartition(".")[2]
     return Text.assemble((name, "bold"), f", {parameter_count(program):,} parameters{took}")
@@ -84,6 +85,7 @@ def records_table(records: Sequence[Record]) -> Table:
 
 
 def two_columns(*sections: Iterable[tuple[str, RenderableType]]) -> Table:
+    """Titles and contents in two columns, a rule between sections."""
     table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

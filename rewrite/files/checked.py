@@ -82,12 +82,14 @@ def symbol(value: Any) -> str:
 
 
 def text(value: Any, what: str = "text") -> str:
+    """A text."""
     if not isinstance(value, str):
         raise RewriteError(f"its {what} is {shown(value)} and no text")
     return value
 
 
 def truth(value: Any, what: str = "flag") -> bool:
+    """True or false."""
     if not isinstance(value, bool):
         raise RewriteError(f"its {what} is {shown(value)} and neither true nor false")
     return value
@@ -101,10 +103,12 @@ def whole(value: Any, what: str = "number", low: int = -LARGEST, high: int = LAR
 
 
 def size(value: Any) -> int:
+    """A number that is not negative."""
     return whole(value, "size", 0)
 
 
 def items(value: Any, what: str = "list", limit: int = LARGEST) -> list[Any]:
+    """A list of at most so many items."""
     if not isinstance(value, list) or len(value) > limit:
         raise RewriteError(f"its {what} is {shown(value)} and no list" + (f" of at most {limit}" if limit < LARGEST else ""))
     return value

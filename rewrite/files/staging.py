@@ -31,7 +31,8 @@ def check_place(path: Path) -> None:
 
 def is_folder_name(path: Path) -> bool:
     """Whether a name is that of a folder to be written: it has no suffix (``llama-3.2-1b`` has none), or is one that is
-    there."""
+    there.
+    """
     return not path.suffix or path.suffix[1:2].isdigit() or os.path.isdir(path)
 
 

@@ -73,7 +73,8 @@ def save(program: Program, path: str | os.PathLike[str]) -> Path:
 
 def write_folder(program: Program, path: Path, staging: Staging) -> tuple[Path, str, str]:
     """Stage a program as a folder of its model's library: what was staged, how it is read, and, where that is a ``.pt2``
-    because no folder holds it, the reason."""
+    because no folder holds it, the reason.
+    """
     place = staging.folder(path)
     with explained(path), of_the_system():
         try:

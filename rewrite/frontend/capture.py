@@ -148,7 +148,8 @@ class _Capture:
 
     def _matched(self, graph: Graph, check: Graph, recast: bool) -> _Matched:
         """The graph held against its evaluation: the check trace, or, where that is in another dtype and has operators
-        that the graph lacks, one more trace in the model's own dtype, held against both."""
+        that the graph lacks, one more trace in the model's own dtype, held against both.
+        """
         alignment = self._timed("check", lambda: align(graph, check))
         if not recast or not needs_other_graph(alignment):
             return _Matched(alignment, check, alignment.partner)

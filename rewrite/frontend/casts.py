@@ -61,7 +61,8 @@ def is_cast(node: Node) -> bool:
 
 def is_idle(node: Any) -> bool:
     """Whether a node hands its input's values on in evaluation: a dropout, or ``contiguous``, which a capture only
-    records where the example's strides needed it."""
+    records where the example's strides needed it.
+    """
     return isinstance(node, Node) and (packet(node) in _DROPOUTS or packet(node) is aten.contiguous)
 
 

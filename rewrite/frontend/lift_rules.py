@@ -34,6 +34,8 @@ RULES: dict[Any, Rule] = {}
 
 
 def lift_rule(*packets: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of operators."""
+
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(packets, rule))
         return rule
@@ -130,6 +132,8 @@ def _transposed(source: Any, weight: Any, bias: Any, nodes: tuple[Node, ...]) ->
 
 
 def convolution(layer_class: Any, transposed: bool) -> Rule:
+    """The rule of a convolution."""
+
     def rule(node: Node, named: dict[str, Any]) -> Lifted | None:
         weight = tensor_value(named["weight"])
         if weight is None or any(isinstance(v, Node) for v in (named["stride"], named["padding"])):
@@ -277,6 +281,8 @@ def _attention(node: Node, named: dict[str, Any]) -> Lifted | None:
 
 
 def activation(make: Callable[[dict[str, Any]], nn.Module]) -> Rule:
+    """The rule of an activation."""
+
     def rule(node: Node, named: dict[str, Any]) -> Lifted | None:
         if any(isinstance(v, Node) for k, v in list(named.items())[1:]):
             return None
@@ -286,6 +292,8 @@ def activation(make: Callable[[dict[str, Any]], nn.Module]) -> Rule:
 
 
 def made_layer(layer_class: Any, options: tuple[str, ...], inplace: bool) -> Callable[[dict[str, Any]], nn.Module]:
+    """What makes an activation's layer from the operator's arguments."""
+
     def make(named: dict[str, Any]) -> nn.Module:
         layer: nn.Module = layer_class(*(named[k] for k in options), inplace=inplace)
         return layer

@@ -78,7 +78,8 @@ def name_safe() -> contextlib.AbstractContextManager[None]:
 
 def keyword_safe() -> contextlib.AbstractContextManager[None]:
     """Let torch.fx generate code for attributes named like Python keywords (``scales["in"]``), which it writes as
-    ``self.scales.in``."""
+    ``self.scales.in``.
+    """
     return _written(set(keyword.kwlist), lambda base, part: f"getattr({base}, {part!r})")
 
 

@@ -24,7 +24,8 @@ _HOOKS = ("__deepcopy__", "__copy__", "__getstate__", "__reduce__", "__reduce_ex
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Without garbage collection, for making many objects that stay: a collector goes through all of them again and again
-    as they become more, and finds none that is garbage."""
+    as they become more, and finds none that is garbage.
+    """
     running = gc.isenabled()
     gc.disable()
     try:

@@ -31,7 +31,7 @@ class Expression:
     height: int = 1
 
     def walk(self) -> Iterator[Expression]:
-        """This part and all below it; flags of calls are not followed."""
+        """The part itself and all below it; flags of calls are not followed."""
         yield self
         for part in self.parts:
             yield from part.walk()

@@ -52,7 +52,8 @@ class Constant:
 @dataclass(frozen=True)
 class Step:
     """How the parameters after a pass follow from those before it: modules get other names first, then each parameter at a
-    path is what its map gives, or (None) something of its own; all others stay as they are."""
+    path is what its map gives, or (None) something of its own; all others stay as they are.
+    """
 
     names: Mapping[str, str]
     maps: Mapping[str, ParameterMap | None]

@@ -14,7 +14,8 @@ Held = dict[tuple[int, str], tuple[dict[str, Any], str]]
 
 def adopt(layer: nn.Module, old: nn.Module) -> None:
     """Give ``layer`` the parameters, buffers and modules of ``old``, in ``old``'s order, the layer's own ones first
-    where both have a name."""
+    where both have a name.
+    """
     for kind in ("_parameters", "_buffers", "_modules"):
         ours, theirs = getattr(layer, kind), getattr(old, kind)
         merged = {k: (ours[k] if ours.get(k) is not None else v) for k, v in theirs.items()}

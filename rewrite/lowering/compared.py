@@ -66,7 +66,8 @@ class _Both:
 
     def gap(self, mode: Mode, *, gradients: bool) -> tuple[Difference, float]:
         """The difference and what it may be: none in the own dtype, bit for bit, or little in exact arithmetic; in the
-        own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say)."""
+        own dtype where the model's code cannot run in float64 (a float64 limit in a float32 mask overflows, say).
+        """
         own = self._difference(mode, exact=False, gradients=gradients)
         if own.largest == 0:
             return own, 0.0

@@ -34,6 +34,7 @@ def argument_names(inputs: Inputs) -> list[str]:
 
 
 def output(value: Any) -> OutputSpec:
+    """How an export announces an output."""
     if not isinstance(value, Node):
         return OutputSpec(OutputKind.USER_OUTPUT, ConstantArgument("", value), None)
     is_tensor = isinstance(value.meta["val"], torch.Tensor)

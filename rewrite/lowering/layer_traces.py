@@ -46,6 +46,7 @@ def mode_of(graph: Graph) -> FakeTensorMode:
 
 
 def traced(layer: nn.Module, fakes: tuple[Any, Any, Any], mode: FakeTensorMode) -> Trace:
+    """The operators of a layer on fake tensors of these kinds."""
     specs: list[pytree.TreeSpec] = []
 
     def run(state: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -83,4 +84,5 @@ def is_plain(target: Any) -> bool:
 
 
 def is_code(part: nn.Module) -> bool:
+    """Whether a part of a program runs as code: it cannot be written as operators."""
     return isinstance(part, AutogradFunction) or (isinstance(part, Region) and bool(part.contexts))

@@ -143,7 +143,8 @@ class Centering:
 
 def is_read(writer: Node, stream: Stream, stops: Collection[Node], passed: Collection[Node] = ()) -> bool:
     """Whether something (the readers ``passed`` left aside) reads what a writer wrote to a stream before it went through
-    one of the values ``stops``."""
+    one of the values ``stops``.
+    """
     read = {reader.value for reader in stream.readers if reader.node not in passed}
     ahead, seen = [writer], set(stops)
     while ahead:

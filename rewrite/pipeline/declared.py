@@ -113,7 +113,8 @@ def _bare(target: ast.ClassDef) -> ast.ClassDef:
 
 def _needed(target: ast.stmt, defined: dict[str, ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
     """The names that a statement refers to, directly or by each other, with the statements that say them; of imported
-    ones no more. Raises ImportError for an import of a whole module that is not cheap."""
+    ones no more. Raises ImportError for an import of a whole module that is not cheap.
+    """
     found: set[str] = {getattr(target, "name", "")}
     waiting: list[ast.stmt] = [target]
     while waiting:

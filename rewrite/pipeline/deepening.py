@@ -33,7 +33,8 @@ Where = Literal["even", "end", "copy"]
 @dataclass(frozen=True)
 class Stack:
     """The blocks of one numbered list, in order: the branches of each, by the block's path. ``zeros`` are what writes a
-    block's branches, by name, with the value that each gets; ``obstacle`` is why no block can be added."""
+    block's branches, by name, with the value that each gets; ``obstacle`` is why no block can be added.
+    """
 
     path: str
     blocks: Mapping[str, tuple[Branch, ...]]

@@ -24,7 +24,9 @@ class _Term:
 
 @dataclass(frozen=True)
 class Selector:
-    """Chooses layers. Its text is one or more terms separated by `|`:
+    """Chooses layers.
+
+    Its text is one or more terms separated by `|`:
 
     - `blocks.*.norm1`: a glob over the whole module path, case-sensitive; `*` crosses dots;
     - `type:LayerNorm`: a glob over any of the type's names;

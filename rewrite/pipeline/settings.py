@@ -27,7 +27,8 @@ class Tick(str):
 @dataclass(frozen=True)
 class Settings:
     """How to run passes: the seed of all draws, whether to verify, whether to share unchanged tensors with the input, the
-    data for passes that take some, where a crash bundle goes, who is told of progress."""
+    data for passes that take some, where a crash bundle goes, who is told of progress.
+    """
 
     seed: int = 0
     verify: bool = True

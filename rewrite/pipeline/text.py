@@ -1,8 +1,8 @@
-"""Pipelines as text: `name{key=value key=value},name{...}`.
+r"""Pipelines as text: `name{key=value key=value},name{...}`.
 
 A value that is empty or holds a space, comma, brace, quote or `=` stands in single quotes; `''` is a quote:
 
-    drop-dead,dyt{alpha=0.8 where='re:blocks\\.\\d{1,2}'}
+    drop-dead,dyt{alpha=0.8 where='re:blocks\.\d{1,2}'}
 
 The printer quotes only where needed, and `parse(print_pipeline(p)) == p` for any text in any value.
 """

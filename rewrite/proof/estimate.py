@@ -35,7 +35,8 @@ OVERALL = 2.0
 @dataclass(frozen=True)
 class Quality:
     """An estimated gradient against the formula, and against the true one: relative error (root mean square over elements
-    and draws) and cosine (mean over draws)."""
+    and draws) and cosine (mean over draws).
+    """
 
     formula: float
     error: float

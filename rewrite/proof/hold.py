@@ -27,7 +27,8 @@ NEIGHBORS = 8
 @dataclass(frozen=True)
 class Trial:
     """Border values to try both forms on, in a setting; None where the program has none. At ``recorded`` values the old form
-    has to run."""
+    has to run.
+    """
 
     name: str
     values: Values | None

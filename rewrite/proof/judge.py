@@ -83,7 +83,8 @@ def _problem(old: Outcome, new: Outcome) -> str:
 
 def resized_draws(old: Outcome, new: Outcome) -> bool:
     """Whether both forms draw by the same operators at the same rates, as often or as many numbers, but of other sizes:
-    a resized or merged tensor meets a dropout, and the numbers fall elsewhere."""
+    a resized or merged tensor meets a dropout, and the numbers fall elsewhere.
+    """
     if old.drawn == new.drawn or {d[:2] for d in old.drawn} != {d[:2] for d in new.drawn}:
         return False
     return len(old.drawn) == len(new.drawn) or sum(d[2] for d in old.drawn) == sum(d[2] for d in new.drawn)
@@ -119,7 +120,8 @@ def _state_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _followed_error(old: Outcome, made: ParameterMap, value: torch.Tensor) -> float:
     """A buffer that follows from old ones has to do so after the run too: relative to its size, or to a share of the largest
-    buffer's, since a mean that is 0 but for rounding is rounded by each form in its own way."""
+    buffer's, since a mean that is 0 but for rounding is rounded by each form in its own way.
+    """
     if not all(name in old.state for name in made.names):
         return 0.0
     expected = made.evaluate(old.state.__getitem__).double()

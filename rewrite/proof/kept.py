@@ -19,6 +19,7 @@ from rewrite.torch_private import pytree
 
 
 def structure(before: Program, after: Program, changes: Sequence[Change]) -> Iterator[Check]:
+    """The checks that need no values: the graph, shapes, the signature, tied weights, the state."""
     after.graph.lint()
     yield Check("graph", True, "lint")
     yield _check_values(after)

@@ -45,7 +45,8 @@ class ReferenceForm(Form):
 
     def _is_told_by_layers(self, part: Part) -> bool:
         """Whether the part differs from what it was in layers alone: beside what writes in place no value can be held, so
-        that it has others in it, which are as they were."""
+        that it has others in it, which are as they were.
+        """
         there = {(n.name, n.target) for n in self.cut.old if n.op == "call_function"}
         functions = {(n.name, n.target) for n in self.cut.new if n.op == "call_function"}
         return functions <= there and part.old.keys() <= part.new.keys()

@@ -71,7 +71,8 @@ class Observed:
 @dataclass(frozen=True)
 class Sizes:
     """What else a setting may be: one that is not given a size of the program's ``dimensions``, another one a size of its
-    ``inputs``, such as that of images."""
+    ``inputs``, such as that of images.
+    """
 
     dimensions: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()

@@ -33,7 +33,8 @@ class Maker(Protocol):
 
 def maker_of(home: Home | None, before: Shapes) -> AnyMaker:
     """How a program's class is built, whose parameters had the shapes ``before``. Raises RewriteError, with the reason,
-    where that is not known."""
+    where that is not known.
+    """
     if home is None:
         raise RewriteError("it comes from a file, which does not tell how its class is built")
     if is_config(home.settings.get("config")) and hasattr(home.kind, "from_pretrained"):

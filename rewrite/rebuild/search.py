@@ -84,7 +84,8 @@ class _Search:
 
     def effective(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
         """What settings that are not given are in effect: the one value that leaves all shapes as they are, where others
-        do not."""
+        do not.
+        """
         found = []
         for path in dict.fromkeys(edit.path for edit in edits if edit.fills):
             own = [edit for edit in edits if edit.path == path]

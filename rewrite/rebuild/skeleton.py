@@ -58,7 +58,8 @@ class Arguments:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Within, the first instance of the class that is built is watched: its constructors have set nothing yet when
-        the first child is registered, so that their arguments stand in their frames."""
+        the first child is registered, so that their arguments stand in their frames.
+        """
         seen: list[nn.Module] = []
 
         def on_module(module: nn.Module, name: str, child: Any) -> None:

@@ -1,5 +1,6 @@
 """A model to try passes on, with its captures: as it is, in bfloat16, on the meta device; and a model beside it that
-takes the same inputs and has nothing to change."""
+takes the same inputs and has nothing to change.
+"""
 
 from __future__ import annotations
 

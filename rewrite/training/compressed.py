@@ -35,7 +35,8 @@ def check(value: Any) -> None:
 
 def _are_bits(value: Any) -> bool:
     """A number of bits for all, or one for each tensor that is compressed, in execution order: 0 keeps it, -1 moves it to
-    the host, those beyond have 8."""
+    the host, those beyond have 8.
+    """
     if type(value) is int:
         return value in BITS
     return isinstance(value, list | tuple) and all(each in (*BITS, KEPT, MOVED) for each in value)

@@ -19,7 +19,8 @@ _ROUNDS = 5
 class Rates:
     """Seconds for one floating-point operation of a product, one byte that an element-wise operator reads or writes, one
     number that is compressed and restored (by its bits), one number of a mask, one byte moved to the host and back (None on
-    the host itself)."""
+    the host itself).
+    """
 
     flop: float
     byte: float

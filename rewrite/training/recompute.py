@@ -149,7 +149,8 @@ class _Saver:
 @dataclass(frozen=True)
 class _Run:
     """Calls a layer's forward with tensors in the places of those that it was given: without gradient, in the mode that it
-    was in, its buffers left as they are."""
+    was in, its buffers left as they are.
+    """
 
     layer: nn.Module
     training: bool

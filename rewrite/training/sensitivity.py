@@ -83,7 +83,8 @@ def _measured(module: LayerGraph, inputs: Sequence[Any], min_size: int, seed: in
 
 def separated(signs: torch.Tensor, moves: torch.Tensor) -> tuple[list[float], float]:
     """The |A_l|² of ``moves`` [K, M] = ``signs`` [K, L] A, for A [L, M] whose rows are perpendicular in the mean; the
-    standard error of one, by what the equations are off."""
+    standard error of one, by what the equations are off.
+    """
     products = (moves @ moves.t()).double()
     first, second = torch.triu_indices(len(signs), len(signs)).unbind()
     design = (signs[first] * signs[second]).numpy()

@@ -51,7 +51,8 @@ class Steps:
 @dataclass(frozen=True)
 class Density:
     """How often values are met: 9 of 10 from a normal distribution, one from one that is twice as wide, since training moves
-    it; and next to nothing everywhere, so that each interval has a mean."""
+    it; and next to nothing everywhere, so that each interval has a mean.
+    """
 
     mean: float
     deviation: float

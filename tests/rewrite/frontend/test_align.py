@@ -62,7 +62,6 @@ def test_repeated_items_are_left_to_difflib(a: list[int]) -> None:
 )
 def test_chunks_that_a_span_touches(span: tuple[int, int, int, int], touched: list[int]) -> None:
     """Those it overlaps on either side, or adjoins on both, and all between."""
-
     matcher = _Matcher(Graph(), Graph(), [], [], {})
     matcher.chunks = [Chunk(10, 15, 10, 15), Chunk(30, 30, 30, 35), Chunk(50, 60, 52, 52)]
     assert matcher.chunks[matcher._touching(*span)] == [matcher.chunks[k] for k in touched]
