@@ -23,7 +23,7 @@ from rewrite.graph.spelled import SpelledNorm
 from rewrite.graph.tree import names_of_tensors
 from rewrite.torch_private import make_fx, pytree
 
-from . import images, moves, products, tables  # noqa: F401, each registers its rules
+from . import complexes, images, mixtures, moves, products, tables  # noqa: F401, each registers its rules
 from .call import Axes, Call, Notes, parameters_of
 from .dims import Dim
 from .layers import rule_of

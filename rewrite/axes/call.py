@@ -11,19 +11,21 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.graph.nodes import attribute, hint_of
+from rewrite.graph.nodes import attribute, hint_of, packet
 
 from .dims import Conflict, Dim, cut, product, split, unify
 
 Axes = list[Dim]
 """The dimensions of a tensor, one for each axis."""
+_MOVED = frozenset({"transpose", "t", "mT", "numpy_T", "permute", "lift_fresh_copy", "contiguous", "detach", "alias", "to"})
 
 
 @dataclass(frozen=True)
 class Literal:
     """A number in a graph that is the size of a dimension: in the argument of a node, at a place in it if that is a list.
 
-    ``region`` is the path of the region whose graph it is, "" for the program's own.
+    ``region`` is the path of the region whose graph it is, "" for the program's own. What is counted from an end is ``sign``
+    -1 times the size; an end of numbers that begin at ``start`` lies that much further.
     """
 
     node: Node
@@ -31,15 +33,18 @@ class Literal:
     place: int | None
     dim: Dim
     region: str = ""
+    sign: int = 1
+    start: int = 0
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain attribute of a layer that is the size of a dimension, such as ``groups``."""
+    """A plain attribute of a layer that is the size of a dimension, such as ``groups``; ``place`` in one that is a tuple."""
 
     path: str
     name: str
     dim: Dim
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,33 @@ class Call:
         found = attribute(self.module, str(value.target)) if isinstance(value, Node) and value.op == "get_attr" else None
         return found if isinstance(found, torch.Tensor) else None
 
+    def held(self, value: Any) -> tuple[torch.Tensor, list[int]] | None:
+        """The parameter or buffer that an argument is, its axes moved perhaps, and where each axis is in it."""
+        if not isinstance(value, Node):
+            return None
+        tensor = self.tensor_of(value)
+        if tensor is not None:
+            return tensor, list(range(tensor.dim()))
+        name = getattr(packet(value), "__name__", "")
+        inner = self.held(value.args[0]) if name in _MOVED and value.args else None
+        if inner is None:
+            return None
+        order = inner[1]
+        if name == "permute":
+            return inner[0], [order[d] for d in value.args[1]]  # type: ignore[union-attr, index]
+        if name in ("transpose", "t", "mT", "numpy_T"):
+            a, b = value.args[1:3] if name == "transpose" else (-2, -1)
+            order[a], order[b] = order[b], order[a]  # type: ignore[index]
+        return inner
+
+    def constant(self, value: Any) -> int | None:
+        """The number that an argument is: itself, or the only one of a buffer."""
+        found = self.held(value)
+        tensor = found[0] if found is not None else None
+        if tensor is None or tensor.numel() != 1 or tensor.is_meta or tensor.dtype not in (torch.int32, torch.int64):
+            return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return int(tensor)
+
     def tensors(self) -> Iterator[tuple[Node, Axes]]:
         """Every tensor that the node reads."""
         for node in self.node.all_input_nodes:
@@ -192,16 +224,16 @@ class Call:
         """A new dimension that cannot change."""
         return Dim(size, f"{self.node.name}: {reason}")
 
-    def literal(self, argument: str, place: int | None, dim: Dim) -> None:
-        """Note that a number in an argument is the size of a dimension."""
+    def literal(self, argument: str, place: int | None, dim: Dim, sign: int = 1, start: int = 0) -> None:
+        """Note that a number in an argument is the size of a dimension: ``start`` + ``sign`` times it."""
         given = self.named.get(argument)
         value = given[place] if place is not None and isinstance(given, list | tuple) else given
-        if not isinstance(value, int) or isinstance(value, bool) or value != dim.size:
+        if not isinstance(value, int) or isinstance(value, bool) or value != start + sign * dim.size:
             return  # -1, or an end beyond the last entry
         if self.region is None:
             self.freeze([dim], "a number in code that cannot be edited")
             return
-        self.notes.literals.append(Literal(self.node, argument, place, dim, self.region))
+        self.notes.literals.append(Literal(self.node, argument, place, dim, self.region, sign, start))
 
     def computed(self, size: Any, dim: Dim) -> None:
         """Note the number in a size that is computed from the input's: `batch * 12` where heads lie beside the batch."""
@@ -216,9 +248,9 @@ class Call:
         self.unify(known, own)
         self.notes.literals.append(Literal(size, str(place), None, own))
 
-    def attribute(self, path: str, name: str, dim: Dim) -> None:
-        """Note that a layer's attribute is the size of a dimension."""
-        self.notes.attributes.append(Attribute(path, name, dim))
+    def attribute(self, path: str, name: str, dim: Dim, place: int | None = None) -> None:
+        """Note that a layer's attribute, or what is at a place in it, is the size of a dimension."""
+        self.notes.attributes.append(Attribute(path, name, dim, place))
 
     def role(self, tensor: torch.Tensor, axis: int, role: str) -> None:
         """Note what an axis of a parameter or buffer does here."""
@@ -239,12 +271,23 @@ class Call:
 
     def reshaped(self, axes: Sequence[Dim], sizes: Sequence[int]) -> Axes:
         """The dimensions after a reshape: axes are matched where products of sizes meet."""
+        if 0 in sizes:
+            return [Dim(size) for size in sizes]
         found: Axes = []
         ahead = [dim for dim in axes if dim.size != 1]
+        wanted = [size for size in sizes if size != 1]
+        while wanted:
+            few, several = _met(ahead, wanted)
+            found += self._refolded(ahead[:few], wanted[:several])
+            ahead, wanted = ahead[few:], wanted[several:]
+        given = iter(found)
+        return [Dim(1) if size == 1 else next(given) for size in sizes]
+
+    def _refolded(self, axes: Sequence[Dim], sizes: Sequence[int]) -> Axes:
+        """The dimensions of sizes whose product is that of some axes, and of no fewer of them."""
+        found: Axes = []
+        ahead = list(axes)
         for size in sizes:
-            if size == 1:
-                found.append(Dim(1))
-                continue
             taken: Axes = []
             missing = size
             while missing > 1 and ahead:
@@ -276,6 +319,18 @@ class Call:
             self.freeze(axes, f"{what} has no rule")
         parts = [[self.rigid(size, f"{what} has no rule") for size in sizes] for sizes in self.all_sizes]
         return parts if self.gives_several else parts[0] if parts else None
+
+
+def _met(axes: Sequence[Dim], sizes: Sequence[int]) -> tuple[int, int]:
+    """How many axes and sizes, from the first, have the same product; all of them where no fewer do."""
+    few, several = 1, 1
+    left, right = (axes[0].size if axes else 1), sizes[0]
+    while left != right and (few < len(axes) if left < right else several < len(sizes)):
+        if left < right:
+            left, few = left * axes[few].size, few + 1
+        else:
+            right, several = right * sizes[several], several + 1
+    return (few, several) if left == right else (len(axes), len(sizes))
 
 
 def _hints(value: torch.Tensor) -> list[int]:

@@ -15,11 +15,12 @@ from .table import Table
 
 
 def primes(table: Table) -> dict[Dim, list[int]]:
-    """For each resizable dimension a vector of a prime length of its own, the next ones above its size."""
+    """For each resizable dimension a vector of a prime length of its own, the next above its size; twice a prime where it is even."""
     taken: set[int] = set()
     found = {}
     for dim in table.resizable.values():
-        size = next(n for n in range(dim.size + 1, 10**9) if n not in taken and _is_prime(n))
+        each = 2 if "even" in dim.uses else 1
+        size = next(n for n in range(dim.size + 1, 10**9) if n not in taken and n % each == 0 and _is_prime(n // each))
         taken.add(size)
         found[dim] = [*range(dim.size), *[-1] * (size - dim.size)]
     return found

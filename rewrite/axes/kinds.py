@@ -36,9 +36,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden",),
 }
 """Each kind, with the names in the table that are of it."""
-KEEPING = frozenset({"in", "batch", "elementwise", "group"})
-_ALSO = {"head_dim": {"score", "scale"}, "hidden": {"norm"}}
-"""How else entries of a kind may meet, since that is seen to."""
+KEEPING = frozenset({"in", "batch", "elementwise", "group", "even"})
+_ALSO = {
+    **dict.fromkeys(("ffn", "heads", "value_dim"), {"order"}),
+    "head_dim": {"score", "scale"},
+    "hidden": {"norm"},
+}
+"""How else entries of a kind may meet, since that is seen to: new ones are the last, and nothing reads them at first."""
 
 
 def of_kind(table: Table, kind: str) -> Iterator[tuple[str, Dim]]:

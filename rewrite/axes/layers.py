@@ -92,6 +92,8 @@ def _norm(call: Call, layer: Any, path: str) -> Axes:
         dim.use("norm")
         _vector(call, layer, "weight", dim, "elementwise", i)
         _vector(call, layer, "bias", dim, "added", i)
+        if layer.weight is None:
+            call.attribute(path, "normalized_shape", dim, i)
     return own
 
 

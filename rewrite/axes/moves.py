@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch.fx import Node
+
 from rewrite.graph.nodes import aten, packet
 
 from .call import Axes, Call
@@ -87,7 +89,8 @@ def _repeat(call: Call) -> Axes:
     found = []
     for dim, count, size in zip(padded, times, call.sizes, strict=True):
         copies = size // dim.size if dim.size else 1
-        found.append(dim if count == 1 else product([call.rigid(copies, "copies of a tensor"), dim]))
+        reason = "a size of the input" if isinstance(count, Node) else "copies of a tensor"
+        found.append(dim if count == 1 else product([call.rigid(copies, reason), dim]))
     return found
 
 
@@ -109,6 +112,7 @@ def _slice(call: Call) -> Axes:
     own, axis = call.axes("self"), int(call.named["dim"] or 0) % max(len(call.axes("self")), 1)
     size = call.sizes[axis]
     if own[axis].size == size:
+        call.literal("length" if "length" in call.named else "end", None, own[axis])
         return own
     start, step = call.named.get("start") or 0, call.named.get("step") or 1
     if not isinstance(start, int) or step != 1 or "a size of the input" in own[axis].root().rigid:
@@ -116,27 +120,30 @@ def _slice(call: Call) -> Axes:
         own[axis] = call.rigid(size, "a part that is taken by number")
         return own
     start = start % own[axis].size if start < 0 else start
-    sizes = [s for s in (start, size, own[axis].size - start - size) if s]
-    parts = call.cut(own[axis], sizes)
-    before = parts[:1] if start else []
+    if not size:
+        return _nothing(call, own, axis, start)
+    sizes = [start, size, own[axis].size - start - size]
+    kept = iter(call.cut(own[axis], [s for s in sizes if s]))
+    before, part, after = (next(kept) if s else Dim(0) for s in sizes)
+    call.literal("start", None, before)
+    call.literal("start", None, concatenated([part, after]), -1)
     if "length" in call.named:
-        call.literal("start", None, concatenated(before) if before else Dim(0))
-        call.literal("length", None, parts[len(before)])
+        call.literal("length", None, part)
     else:
-        call.literal("start", None, concatenated(before) if before else Dim(0))
-        ends_inside = start + size < own[axis].size
-        call.literal("end", None, concatenated(parts[: len(before) + 1]) if ends_inside else own[axis])
-        _freeze_negative(call, parts)
-    own[axis] = parts[len(before)]
+        call.literal("end", None, concatenated([before, part]) if after.size else own[axis])
+        call.literal("end", None, after, -1)
+    own[axis] = part
     return own
 
 
-def _freeze_negative(call: Call, parts: Sequence[Dim]) -> None:
-    """A start or end counted from the other end says another size than it seems to."""
-    for name in ("start", "end"):
-        value = call.named.get(name)
-        if isinstance(value, int) and value < 0:
-            call.freeze(parts, "a part of it is counted from its end")
+def _nothing(call: Call, own: Axes, axis: int, start: int) -> Axes:
+    """A part without entries, at the end of a dimension or its start."""
+    if start >= own[axis].size:
+        call.literal("start", None, own[axis])
+    elif start:
+        call.freeze([own[axis]], "a part of it is taken by number")
+    own[axis] = Dim(0)
+    return own
 
 
 @rule("select")

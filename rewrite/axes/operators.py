@@ -18,17 +18,15 @@ from rewrite.graph.nodes import aten, overload, packet
 from .call import Call
 
 Rule = Callable[[Call], Any]
-RULES: dict[Any, Rule] = {}
-"""By overload packet, such as ``torch.ops.aten.cat``."""
+RULES: dict[str, Rule] = {}
+"""By the name of the operator, such as ``aten.cat``."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operators by their names."""
+    """Register a rule for operators by their names: `cat` is one of ATen, `mylib.scan` one of a library's own."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
-            if hasattr(aten, name):
-                RULES[getattr(aten, name)] = function
+        RULES.update((name if "." in name else f"aten.{name}", function) for name in names)
         return function
 
     return register
@@ -42,7 +40,7 @@ def by_operator(call: Call) -> Any:
         if isinstance(found, list | tuple) and isinstance(place, int) and place < len(found):
             return found[place]
         return call.unruled("getitem")
-    found = RULES.get(packet(call.node))
+    found = RULES.get(str(packet(call.node)))
     if found is not None:
         return found(call)
     if not call.all_sizes:
@@ -57,8 +55,8 @@ hardswish hardswish_ hardsigmoid hardsigmoid_ silu_ relu_ relu6 relu6_ leaky_rel
 __and__ __or__ __xor__ logical_and logical_or logical_xor logical_not floor_divide
 clone contiguous detach alias to _to_copy type_as dropout dropout_ native_dropout lift_fresh_copy where masked_fill
 masked_fill_ copy_ copy fill_ zero_ zeros_like ones_like empty_like full_like rand_like randn_like bernoulli bernoulli_
-nan_to_num lerp view_as_real conj resolve_conj resolve_neg expand_as cumsum cumprod logcumsumexp feature_dropout
-requires_grad_ detach_ normal_ uniform_ hardtanh softplus isnan isinf isfinite real imag
+nan_to_num lerp conj resolve_conj resolve_neg expand_as cumsum cumprod logcumsumexp feature_dropout
+requires_grad_ detach_ normal_ uniform_ hardtanh softplus isnan isinf isfinite real imag polar complex
 """
 _ELEMENTWISE = frozenset(_NAMES.split())
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
@@ -92,7 +90,7 @@ def elementwise(call: Call) -> Any:
 
 def roles(call: Call, name: str, roles: dict[int, str]) -> None:
     """Note what the axes of a parameter among the arguments do."""
-    tensor = call.tensor_of(call.named.get(name))
+    held = call.held(call.named.get(name))
     for axis, role in roles.items():
-        if tensor is not None and -tensor.dim() <= axis < tensor.dim():
-            call.role(tensor, axis, role)
+        if held is not None and -len(held[1]) <= axis < len(held[1]):
+            call.role(held[0], held[1][axis], role)

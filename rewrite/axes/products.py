@@ -110,7 +110,10 @@ def _einsum(call: Call) -> Axes:
             known[letter] = call.unify(known[letter], dim) if letter in known else dim
     weighted = any(isinstance(node, Node) and is_constant(node) for node in call.named["tensors"])
     for letter, dim in known.items():
-        if letter not in right:
+        if letter in right:
+            if sum(letter in term for term in terms) > 1:
+                dim.use("batch")
+        else:
             dim.use("in" if weighted else "score")
             if not weighted and len(given) == 2:
                 _score(call, call.named["tensors"][0], call.named["tensors"][1], dim)

@@ -19,7 +19,7 @@ from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import attribute, literal_arguments
 from rewrite.graph.relation import Chain, Picked, Relation
 
-from .call import Literal, Place
+from .call import Attribute, Literal, Place
 from .dims import Dim, Vector, size_of, vector_of
 from .table import Table
 
@@ -96,9 +96,15 @@ def resize_numbers(edit: Editor, table: Table, chosen: Mapping[Dim, Vector]) -> 
 
     Raises RewriteError for a dimension that cannot change, with the reason.
     """
-    for dim in chosen:
+    for dim, vector in chosen.items():
         if dim.rigid:
             raise RewriteError(f"{table.name_of(dim)} cannot change its size: {dim.rigid}")
+        if "even" in dim.uses and len(vector) % 2:
+            name = table.name_of(dim)
+            raise RewriteError(
+                f"{name} would be {len(vector)}, and what is beside it is viewed as complex numbers, which ask for an even "
+                f"size: {len(vector) + 1} is"
+            )
     for path in dict.fromkeys(literal.region for literal in table.literals):
         literals = [literal for literal in table.literals if literal.region == path]
         for node, argument, value in _numbers(literals, chosen):
@@ -106,7 +112,15 @@ def resize_numbers(edit: Editor, table: Table, chosen: Mapping[Dim, Vector]) -> 
     for found in table.attributes:
         size = size_of(found.dim, chosen)
         if size != found.dim.size:
-            edit.set_attribute(found.path, found.name, size)
+            edit.set_attribute(found.path, found.name, _placed(edit, found, size))
+
+
+def _placed(edit: Editor, found: Attribute, size: int) -> object:
+    """The new value of an attribute of which a size, or what is at a place, is the size of a dimension."""
+    if found.place is None:
+        return size
+    given = getattr(attribute(edit.program.module, found.path), found.name)
+    return tuple(size if place == found.place else value for place, value in enumerate(given))
 
 
 def _numbers(literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> Iterator[tuple[Node, str, Argument]]:
@@ -118,9 +132,10 @@ def _numbers(literals: Sequence[Literal], chosen: Mapping[Dim, Vector]) -> Itera
         given = literal_arguments(node)[argument]
         value: Any = list(given) if isinstance(given, list | tuple) else given
         for literal in group:
+            number = literal.start + literal.sign * size_of(literal.dim, chosen)
             if isinstance(value, list) and literal.place is not None:
-                value[literal.place] = size_of(literal.dim, chosen)
+                value[literal.place] = number
             else:
-                value = size_of(literal.dim, chosen)
+                value = number
         if value != (list(given) if isinstance(given, list | tuple) else given):
             yield node, argument, value

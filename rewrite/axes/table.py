@@ -152,7 +152,7 @@ def _head_factors(segment: Dim, layer: int) -> Iterator[tuple[Dim, str]]:
     kind = "head_dim" if any("score" in atom.uses for atom in last.atoms()) else "value_dim"
     for atom in last.atoms():
         yield atom, f"{kind}.{layer}"
-    heads = [f for f in lead if f.kind == "atom" and "batch" in f.uses]
+    heads = list(dict.fromkeys(a for f in lead for a in f.atoms() if "batch" in a.uses and a.size > 1))
     names = {1: ("heads",), 2: ("kv_heads", "group")}.get(len(heads), ())
     for atom, name in zip(heads, names, strict=False):
         yield atom, f"{name}.{layer}"
@@ -163,8 +163,10 @@ def _last(axes: Any) -> list[Dim]:
 
 
 def _by_place(program: Program, notes: Notes) -> Iterator[tuple[Dim, str]]:
-    """What is left: vocabularies and positions by their tables, channels of convolutions, all others by number."""
+    """What is left: vocabularies and positions by their tables, channels of convolutions, experts and their units, all
+    others by number."""
     channels, others = itertools.count(), itertools.count()
+    stacked = {place.path for place in notes.places if place.role == "expert"}
     for place in notes.places:
         layer = _layer_of(program, place.path)
         convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -173,8 +175,15 @@ def _by_place(program: Program, notes: Notes) -> Iterator[tuple[Dim, str]]:
                 yield atom, "vocab" if "index" in atom.uses and atom.size > 0 and not atom.rigid else "rows"
             elif convolution and place.role == "out":
                 yield atom, f"channels.{next(channels)}"
+            elif place.path in stacked:
+                yield atom, f"{'experts' if 'expert' in atom.uses else 'ffn'}.{_number_in(place.path)}"
             else:
                 yield atom, f"dim.{next(others)}"
+
+
+def _number_in(path: str) -> str:
+    """The number of the layer that a path lies in: 3 for `layers.3.mlp.experts`."""
+    return next((part for part in path.split(".") if part.isdigit()), "0")
 
 
 def _layer_of(program: Program, path: str) -> nn.Module | None:

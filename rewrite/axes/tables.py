@@ -19,7 +19,8 @@ def _embedding(call: Call) -> Axes:
 def _index(call: Call) -> Axes:
     own, indices = call.axes("self"), list(call.named["indices"])
     places = [i for i, index in enumerate(indices) if index is not None]
-    call.freeze([own[i] for i in places], "entries of it are picked")
+    for i in places:
+        _picked(call, own[i], indices[i])
     picked = [call.axes(indices[i]) for i in places]
     rank = len(call.sizes) - (len(own) - len(places))
     adjacent = places == list(range(places[0], places[0] + len(places))) if places else True
@@ -27,6 +28,31 @@ def _index(call: Call) -> Axes:
     made = call.broadcast(picked, call.sizes[start : start + rank])
     kept = [dim for i, dim in enumerate(own) if i not in places]
     return [*kept[:start], *made, *kept[start:]]
+
+
+def _picked(call: Call, dim: Dim, index: object) -> None:
+    """Entries are picked: a constant one is a part of its own, and the side that it is counted from cannot change."""
+    number = call.constant(index)
+    if number is None or not -dim.size <= number < dim.size:
+        call.freeze([dim], "entries of it are picked")
+        return
+    sizes = [number % dim.size, 1, dim.size - number % dim.size - 1]
+    parts = iter(call.cut(dim, [size for size in sizes if size]))
+    before, _, after = (next(parts) if size else Dim(0) for size in sizes)
+    call.freeze([before] if number >= 0 else [after], "an entry beside it is picked by number")
+
+
+@rule("index_put", "index_put_", "_unsafe_index_put")
+def _index_put(call: Call) -> Axes:
+    own, indices, values = call.axes("self"), list(call.named["indices"]), call.axes("values")
+    places = [i for i, index in enumerate(indices) if index is not None]
+    call.freeze([own[i] for i in places], "entries of it are set")
+    rest = own[len(indices) :]
+    for dim, other in zip(reversed(rest), reversed(values), strict=False):
+        if dim.size == other.size:
+            call.unify(dim, other)
+    call.freeze([dim for i, dim in enumerate(own[: len(indices)]) if i not in places], "entries beside it are set")
+    return own
 
 
 @rule("index_select")
@@ -61,14 +87,19 @@ def _topk(call: Call) -> list[Axes]:
 
 @rule("arange")
 def _arange(call: Call) -> Axes:
-    made = Dim(call.sizes[0])
+    made, start = Dim(call.sizes[0]), call.named.get("start") or 0
     each = call.named.get("step", 1) in (None, 1)
-    if not call.number("start") and each:
-        call.literal("end", None, made)
     made.use("order")
-    if call.number("end") is None or call.number("start") or not each:
+    if call.number("end") is None or not isinstance(start, int) or not each:
         made.freeze(f"{call.node.name}: its entries are numbered")
+    else:
+        call.literal("end", None, made, start=start)
     return [made]
+
+
+@rule("histc", "bincount")
+def _counted(call: Call) -> Axes:
+    return [call.rigid(size, "each of its entries counts a number") for size in call.sizes]
 
 
 @rule("eye")
