@@ -15,7 +15,7 @@ from .table import Table
 
 
 def primes(table: Table) -> dict[Dim, list[int]]:
-    """For each resizable dimension a vector of a prime length of its own, the next above its size; twice a prime where it is even."""
+    """For each resizable dimension a vector of a prime length of its own above its size, twice a prime where it is even."""
     taken: set[int] = set()
     found = {}
     for dim in table.resizable.values():

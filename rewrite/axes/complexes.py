@@ -13,10 +13,11 @@ from .call import Axes, Call
 from .dims import Dim
 from .operators import rule
 
-_VIEWS = frozenset(
-    "view reshape _unsafe_view unflatten flatten transpose permute unsqueeze squeeze split split_with_sizes chunk slice to "
-    "detach alias".split()
-)
+_NAMES = """
+view reshape _unsafe_view unflatten flatten transpose permute unsqueeze squeeze split split_with_sizes chunk slice to detach
+alias
+"""
+_VIEWS = frozenset(_NAMES.split())
 
 
 @rule("view_as_complex")

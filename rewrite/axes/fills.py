@@ -49,6 +49,8 @@ class Block:
 def filled(init: Init, block: Block, generator: torch.Generator) -> torch.Tensor:
     """A weight of the new shape, of whose entries the new ones are to be taken."""
     shape, like = block.copied.shape, block.copied
+    if like.is_meta:
+        return torch.empty_like(like)
     if init == "normal" or init == "copy":
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         old, now = block.fan_in
@@ -57,8 +59,9 @@ def filled(init: Init, block: Block, generator: torch.Generator) -> torch.Tensor
     if len(shape) == 1 or not block.into:
         return torch.zeros_like(like)  # a bias
     order = [*(i for i in range(len(shape)) if i not in block.into), *block.into]
-    flat = _matrix(init, *_new(block, order), generator)
-    moved = flat.reshape([shape[i] for i in order])
+    rows, columns = _new(block, order)
+    old = like.detach().permute(order).reshape(len(rows), len(columns))[~rows][:, ~columns]
+    moved = _matrix(init, rows, columns, old, generator).reshape([shape[i] for i in order])
     return moved.permute([order.index(i) for i in range(len(shape))]).to(like)
 
 
@@ -74,19 +77,40 @@ def _new(block: Block, order: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor
     return found[0], found[1]
 
 
-def _matrix(init: Init, rows: torch.Tensor, columns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _matrix(
+    init: Init, rows: torch.Tensor, columns: torch.Tensor, old: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """A matrix whose new rows begin with the old columns, for the new ones are 0 at first, and old rows with the new ones.
 
-    Each row has the pattern of its own number, so that rows that come later are others; ones stand in such columns alone.
+    Each row has the pattern of its own number, so that rows that come later are others, or a further one where an ``old``
+    row has that already; ones stand in such columns alone.
     """
     found = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     for new in (True, False):
         those, later = (rows, columns) if new else (~rows, ~columns)
         order = torch.argsort(later.int(), stable=True)
         count = int((~later).sum()) if init == "zero" and not bool(later.all()) else len(columns)
-        made = {"orthogonal": _orthogonal, "hadamard": _hadamard, "zero": _identity}[init](len(rows), count, generator)
-        found[those.nonzero(), order[:count]] = made[those]
+        made = {"orthogonal": _orthogonal, "hadamard": _hadamard, "zero": _identity}[init](2 * len(rows), count, generator)
+        numbers = torch.arange(len(rows))
+        if new and len(old):
+            own = made.new_zeros(len(made), len(columns)).index_copy_(1, order[:count], made)
+            numbers = _apart(own[:, ~columns].to(old), old)
+        found[those.nonzero(), order[:count]] = made[numbers[those]]
     return found
+
+
+def _apart(made: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Which pattern each row takes: its own, or the next of the second half where an old row is the same."""
+    weights = torch.linspace(1, 2, old.shape[1], dtype=torch.float64, device=old.device).sin()
+    known, keys = ((t.double() * weights).sum(1).cpu() for t in (old, made))
+    known = known.sort().values
+    place = torch.searchsorted(known, keys).clamp(0, len(known) - 1)
+    near = torch.minimum((known[place] - keys).abs(), (known[(place - 1).clamp_min(0)] - keys).abs())
+    taken, count = near < 1e-9 * (1 + keys.abs()), len(made) // 2
+    numbers, spare = torch.arange(count), count + (~taken[count:]).nonzero().flatten()
+    again = taken[:count].nonzero().flatten()[: len(spare)]
+    numbers[again] = spare[: len(again)]
+    return numbers
 
 
 def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -112,11 +136,12 @@ def _hadamard(rows: int, columns: int, generator: torch.Generator) -> torch.Tens
 
 
 def _identity(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """e_j; in further rounds the difference of two of them, over the root of 2."""
+    """e_j; in further rounds the difference of two of them, over the root of 2, and then all these below 0."""
     found = torch.zeros(rows, columns, dtype=torch.float64)
     row = torch.arange(rows)
     place, turn = row % columns, row // columns
     found[row, place] = 1.0
     later = (turn > 0) & (turn % columns > 0)
     found[row[later], ((place + turn) % columns)[later]] -= 1.0
-    return found / found.square().sum(1, keepdim=True).sqrt()
+    signs = 1 - 2 * ((turn // columns) % 2)
+    return signs.unsqueeze(1) * found / found.square().sum(1, keepdim=True).sqrt()

@@ -115,6 +115,10 @@ def _slice(call: Call) -> Axes:
         call.literal("length" if "length" in call.named else "end", None, own[axis])
         return own
     start, step = call.named.get("start") or 0, call.named.get("step") or 1
+    if step != 1 and isinstance(start, int) and 0 <= start < step and size * step == own[axis].size:
+        own[axis], each = call.split(own[axis], size)  # one of each few that lie side by side
+        call.freeze([each], "one of them is taken by number")
+        return own
     if not isinstance(start, int) or step != 1 or "a size of the input" in own[axis].root().rigid:
         call.freeze([own[axis]], "a part of it is taken by number")
         own[axis] = call.rigid(size, "a part that is taken by number")

@@ -97,6 +97,15 @@ def _arange(call: Call) -> Axes:
     return [made]
 
 
+@rule("diff")
+def _diff(call: Call) -> Axes:
+    own = call.axes("self")
+    axis = int(call.named["dim"] if call.named.get("dim") is not None else -1) % len(own)
+    call.freeze([own[axis]], "the order of its entries counts")
+    own[axis] = call.rigid(call.sizes[axis], "differences of entries beside each other")
+    return own
+
+
 @rule("histc", "bincount")
 def _counted(call: Call) -> Axes:
     return [call.rigid(size, "each of its entries counts a number") for size in call.sizes]
