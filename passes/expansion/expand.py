@@ -177,8 +177,18 @@ class _Wider(_Part):
             raise RewriteError("expand: keys and values have one size in this model: head_dim grows both")
         sites = [self._site(kind, program, table, name, dim) for name, dim in named.items()]
         if sites and all(site.reason for site in sites):
-            raise RewriteError(f"expand: {kind} cannot grow ({sites[0].path}): {sites[0].reason}")
+            others = [k for k in KINDS if k != kind and self._is_open(k, program, table)]
+            able = f"; what can grow here: {', '.join(others)}" if others else ""
+            raise RewriteError(f"expand: {kind} cannot grow ({sites[0].path}): {sites[0].reason}{able}")
         return [site for site in sites if site.size > site.what.size or site.reason]
+
+    def _is_open(self, kind: str, program: Program, table: Table) -> bool:
+        """Whether some dimension of a kind has nothing against it."""
+        found = of_kind(table, kind)
+        if self.method == "pad":
+            return any(not obstacle(program, table, kind, name, dim) for name, dim in found)
+        sized = ((dim, 2 * dim.size) for _, dim in found if kind in COPIED)
+        return any(not copy_obstacle(program, table, kind, dim, size, self.untie) for dim, size in sized)
 
     def _site(self, kind: str, program: Program, table: Table, name: str, dim: Dim) -> Site:
         if self.method == "pad" and (reason := obstacle(program, table, kind, name, dim)):

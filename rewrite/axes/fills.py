@@ -60,8 +60,8 @@ def filled(init: Init, block: Block, generator: torch.Generator) -> torch.Tensor
         return torch.zeros_like(like)  # a bias
     order = [*(i for i in range(len(shape)) if i not in block.into), *block.into]
     rows, columns = _new(block, order)
-    old = like.detach().permute(order).reshape(len(rows), len(columns))[~rows][:, ~columns]
-    moved = _matrix(init, rows, columns, old, generator).reshape([shape[i] for i in order])
+    known = like.detach().permute(order).reshape(len(rows), len(columns))[~rows][:, ~columns]
+    moved = _matrix(init, rows, columns, known, generator).reshape([shape[i] for i in order])
     return moved.permute([order.index(i) for i in range(len(shape))]).to(like)
 
 
