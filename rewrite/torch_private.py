@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch import _subclasses as fake_tensors
 from torch._dispatch.python import enable_python_dispatcher
 from torch._export.serde import schema, serialize
@@ -51,6 +52,7 @@ __all__ = [
     "is_traced",
     "leave_transforms",
     "make_fx",
+    "memory_of",
     "operator_schemas",
     "output_spec",
     "plain_tensors",
@@ -123,6 +125,7 @@ NAMES: dict[str, str] = {
 ATTRIBUTES: dict[str, str] = {
     "_buffers": "nn.Module: the buffers that are its own, None included, in order",
     "_constants": "ExportedProgram: emptied before it is written, since its tensors are stored apart from its graph",
+    "_cdata": "UntypedStorage: which tensors of a trace, which have no address, share memory",
     "_example_inputs": "as above",
     "_state_dict": "as above",
     "_codegen": "fx.Graph: the containers of an export's output",
@@ -147,6 +150,11 @@ def guards_code(exported: ExportedProgram) -> list[str]:
     There is no default: a program without its conditions would take sizes that it is wrong for.
     """
     return list(exported._guards_code)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, those without an address included."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def set_guards_code(exported: ExportedProgram, guards: list[str]) -> None:

@@ -25,6 +25,7 @@ from .align import MODE_ARGUMENTS, Alignment, align
 from .assemble import copy_modes, dimensions, finish, interface_of, opaque_parts, prepared
 from .calls import LeafInRegionError
 from .capturable import check_capturable
+from .decisions import known_values
 from .leaves import leaf_paths
 from .literals import drop_idle_casts, follow_dtypes
 from .skeleton import Skeleton
@@ -114,7 +115,8 @@ class _Capture:
         try:
             copy, mode = fake_copy(self.model, self.dtypes)
             given = fake_inputs(self.inputs, mode, self.dtypes)
-            return trace(copy, given, training=False, leaves=self.leaves), True
+            known = known_values(self.model, self.inputs.args, dict(self.inputs.kwargs))
+            return trace(copy, given, training=False, leaves=self.leaves, known=known), True
         except RewriteError as error:
             others = ", ".join(str(d) for d in self.dtypes.values())
             self.notes.append(f"dtypes that the code names are kept as captured: in {others} {error}")

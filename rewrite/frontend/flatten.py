@@ -18,6 +18,7 @@ from rewrite.graph.nodes import aten, is_differentiable_leaf, is_pure, mutated_a
 from rewrite.torch_private import OpOverload
 
 from .contexts import ContextUse
+from .decisions import is_decision
 from .dropouts import forget_aliases
 
 _ASSERTIONS = (
@@ -47,7 +48,8 @@ def flatten(module: GraphModule) -> None:
 def _drop_assertions(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn"
-        if guard or (node.op == "call_function" and _packet_name(node.target) in _ASSERTIONS and not node.users):
+        asserts = node.op == "call_function" and _packet_name(node.target) in _ASSERTIONS and not is_decision(node)
+        if guard or (asserts and not node.users):
             graph.erase_node(node)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.fx import GraphModule
@@ -29,6 +31,16 @@ def _model_line(error: BaseException) -> str:
         return ""
     found = frames[-1]
     return f" (at {_short(found.filename)}:{found.lineno}: {(found.line or '').strip()})"
+
+
+def model_line_of(frame: FrameType | None) -> tuple[str, str]:
+    """``FILE:LINE`` and the code there: of a running frame and its callers, the innermost one of the model's code."""
+    while frame is not None and not _is_the_models(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown line", ""
+    file = frame.f_code.co_filename
+    return f"{_short(file)}:{frame.f_lineno}", linecache.getline(file, frame.f_lineno).strip()
 
 
 def _is_the_models(file: str) -> bool:

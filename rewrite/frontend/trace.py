@@ -22,9 +22,10 @@ from rewrite.graph.export import Inputs, dynamic_choices, quiet
 from rewrite.graph.hooks import take_down
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
-from .as_eager import SizeDecisions, View, seen_as
+from .as_eager import View, seen_as
 from .calls import attach_calls, kept_whole
 from .constants import name_constants
+from .decisions import Decisions, Known, known_values
 from .draws import foreign_draws
 from .dropouts import DropoutsApart
 from .functions import recorded_functions
@@ -129,9 +130,11 @@ def fake_inputs(inputs: Inputs, mode: FakeTensorMode, dtypes: Mapping[torch.dtyp
     return Inputs(inputs.signature, args, kwargs)
 
 
-def trace(model: nn.Module, inputs: Inputs, *, training: bool, leaves: Collection[str] = ()) -> Trace:
+def trace(
+    model: nn.Module, inputs: Inputs, *, training: bool, leaves: Collection[str] = (), known: Known | None = None
+) -> Trace:
     """Export ``model`` (an isolated copy) in one mode, with batch and token dimensions dynamic; the layers at the paths
-    ``leaves`` are not looked into.
+    ``leaves`` are not looked into. ``known`` holds the values that decide branches, where the copy and inputs have none.
 
     Raises RewriteError with torch.export's reason when no attempt succeeds.
     """
@@ -140,10 +143,13 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool, leaves: Collectio
     dropped: list[str] = []
     notes: list[str] = []
     keep_leaves(model, leaves)
-    _screen_outputs(model, dropped)
+    known = known or known_values(model, inputs.args, dict(inputs.kwargs))
+    decided: list[str] = []
+    _screen_outputs(model, dropped, known, decided)
     errors: list[Exception] = []
-    for dynamic, view in _attempts(inputs):
+    for dynamic, view in _attempts(inputs, known):
         dropped.clear()
+        decided.clear()
         try:
             with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), kept_whole(), recorded_functions(notes):
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
@@ -155,7 +161,8 @@ def trace(model: nn.Module, inputs: Inputs, *, training: bool, leaves: Collectio
         except Exception as error:
             errors.append(error)
             continue
-        if len(errors) > 2:
+        notes += decided
+        if len(errors) > 2 and not known.answering:
             notes.append(f"dynamic sizes reduced: {named_line(errors[2])}")
         return Trace(graph_module, dropped, notes, guards_code(exported))
     raise RewriteError(f"torch.export cannot capture {type(model).__name__}: {why(errors[-1])}") from errors[-1]
@@ -172,21 +179,26 @@ def _unlifted(exported: ExportedProgram) -> GraphModule:
     return made
 
 
-def _attempts(inputs: Inputs) -> Iterator[tuple[Any, View]]:
-    """Dynamic sizes, and how the model's code sees the trace, in the order to try."""
+def _attempts(inputs: Inputs, known: Known) -> Iterator[tuple[Any, View]]:
+    """Dynamic sizes, and how the model's code sees the trace, in the order to try; where the code asks for values that are
+    known, once more with answers."""
     choices = list(dynamic_choices(inputs))
     yield choices[0], View.EAGER
     yield choices[0], View.FAKE
     yield from ((dynamic, View.TRACED) for dynamic in choices)
+    if known.asked:
+        known.answering = True
+        yield from ((dynamic, View.EAGER) for dynamic in choices)
+        yield choices[-1], View.TRACED
 
 
-def _screen_outputs(model: nn.Module, dropped: list[str]) -> None:
+def _screen_outputs(model: nn.Module, dropped: list[str], known: Known, decided: list[str]) -> None:
     """Make the copy's forward return only what torch.export can: registered containers of tensors and plain values."""
     forward = model.forward
 
     @functools.wraps(forward)
     def screened(*args: Any, **kwargs: Any) -> Any:
-        with DropoutsApart(), SizeDecisions():
+        with DropoutsApart(), Decisions(known, known.paired(model, args, kwargs), decided):
             outputs = forward(*args, **kwargs)
         return _screen(outputs, "output", dropped)
 

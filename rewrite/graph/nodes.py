@@ -78,7 +78,7 @@ def is_pure(node: Node) -> bool:
     found = overload(node)
     if found is None:
         return True
-    return not found._schema.is_mutable and not is_random(node)
+    return not found._schema.is_mutable and not is_random(node) and found is not aten._assert_async.msg
 
 
 def is_differentiable_leaf(module: nn.Module, node: Node, reaches: bool) -> bool:
