@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
+    "ASSERTION",
     "OPDEFS",
     "DimDynamic",
     "FakeTensor",
@@ -43,6 +44,7 @@ __all__ = [
     "TrainingIRVerifier",
     "_BatchNorm",
     "_DropoutNd",
+    "assert_true",
     "compiled_saved",
     "compiled_within",
     "enable_python_dispatcher",
@@ -117,6 +119,7 @@ NAMES: dict[str, str] = {
     "torch.utils._pytree.tree_flatten": "the containers of a model's inputs and outputs, as torch.export sees them",
     "torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE": "which output classes are registered, before a file names one",
     "torch.utils._pytree.SUPPORTED_SERIALIZED_TYPES": "whether reading a container calls what its context names",
+    "torch._assert_async": "an assertion that stands in a graph: inputs decide as the example inputs did",
     "torch.utils._pytree.tree_map": "as above",
     "torch.utils._pytree.tree_unflatten": "as above",
 }
@@ -150,6 +153,15 @@ def guards_code(exported: ExportedProgram) -> list[str]:
     There is no default: a program without its conditions would take sizes that it is wrong for.
     """
     return list(exported._guards_code)
+
+
+#: The operator that raises its text where a tensor is false.
+ASSERTION = torch.ops.aten._assert_async.msg
+
+
+def assert_true(condition: Tensor, text: str) -> None:
+    """Raise ``text`` where a tensor is false, in a trace: when its graph is run."""
+    torch._assert_async(condition, text)
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
-from rewrite.graph.nodes import aten
-from rewrite.torch_private import FakeTensor, memory_of, plain_tensors, pytree, torch_c
+from rewrite.torch_private import ASSERTION, FakeTensor, assert_true, memory_of, plain_tensors, pytree, torch_c
 
 from .refusals import model_line_of
 
@@ -196,7 +195,7 @@ class Decisions(TorchFunctionMode):
         (answer,) = self._answers(call, (0,))
         place, code = model_line_of(sys._getframe(3))
         message = f"{_DECIDED}: {_shown(answer)} at {place}; capture the model with inputs like these"
-        torch._assert_async(_alike(tensor, answer), message.translate(_PLAIN))
+        assert_true(_alike(tensor, answer), message.translate(_PLAIN))
         note = f"the inputs' values decide, the example's are taken and asserted: {_shown(answer)} at {place}: {code}"
         if note not in self._notes:
             self._notes.append(note)
@@ -252,7 +251,7 @@ def _written(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_decision(node: Node) -> bool:
     """Whether a node asserts that inputs decide as the example inputs did."""
-    return node.target is aten._assert_async.msg and str(node.args[1]).startswith(_DECIDED)
+    return node.target is ASSERTION and str(node.args[1]).startswith(_DECIDED)
 
 
 def _parts(result: Any) -> list[tuple[int | None, Tensor]]:

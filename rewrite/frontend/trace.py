@@ -181,7 +181,8 @@ def _unlifted(exported: ExportedProgram) -> GraphModule:
 
 def _attempts(inputs: Inputs, known: Known) -> Iterator[tuple[Any, View]]:
     """Dynamic sizes, and how the model's code sees the trace, in the order to try; where the code asks for values that are
-    known, once more with answers."""
+    known, once more with answers.
+    """
     choices = list(dynamic_choices(inputs))
     yield choices[0], View.EAGER
     yield choices[0], View.FAKE

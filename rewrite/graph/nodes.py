@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from rewrite.torch_private import OpOverload
+from rewrite.torch_private import ASSERTION, OpOverload
 
 from .codegen import fetch
 from .ops import device_of, dtype_of
@@ -78,7 +78,7 @@ def is_pure(node: Node) -> bool:
     found = overload(node)
     if found is None:
         return True
-    return not found._schema.is_mutable and not is_random(node) and found is not aten._assert_async.msg
+    return not found._schema.is_mutable and not is_random(node) and found is not ASSERTION
 
 
 def is_differentiable_leaf(module: nn.Module, node: Node, reaches: bool) -> bool:
