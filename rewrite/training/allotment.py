@@ -32,7 +32,8 @@ def allotted(costs: Sequence[float], sizes: Sequence[int], average: float) -> li
     least = 1e-5 * max(costs) or 1.0  # what costs nothing takes what is left over
     rise = np.array([variance(max(cost, least), bits) for cost in costs for bits in BITS])
     taken = np.array([bits * size for size in sizes for bits in BITS], dtype=float)
-    one = csr_array((np.ones(rise.size), (np.repeat(np.arange(count), choices), np.arange(rise.size))))
+    cells = np.arange(rise.size, dtype=np.int32)  # the oldest scipy's solver takes no longer indices
+    one = csr_array((np.ones(rise.size), (cells // choices, cells)))
     total = max(float(taken.max()), 1.0)
     within = LinearConstraint(taken[None] / total, -np.inf, average * sum(sizes) / total * (1 + 1e-12))
     found = milp(

@@ -175,7 +175,8 @@ class _Model:
         rows = [*self.rows, *(({i: v for i, v in enumerate(row) if v}, -np.inf, top) for row, top in limits)]
         places = [(r, c, v) for r, (row, _, _) in enumerate(rows) for c, v in row.items()]
         row, column, value = zip(*places, strict=True)
-        matrix = csr_array((value, (row, column)), shape=(len(rows), len(self.columns)))
+        indices = np.array([row, column], dtype=np.int32)  # the oldest scipy's solver takes no longer ones
+        matrix = csr_array((value, tuple(indices)), shape=(len(rows), len(self.columns)))
         constraint = LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows])
         highest = np.array([0.0 if lossless and column[3] else 1.0 for column in self.columns])
         scale = max(float(np.abs(cost).max()), 1e-30)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,10 @@ def timm_case(name: str, size: int) -> Case:
     """The timm model `name` in its default configuration, fed with square images of `size` pixels."""
 
     def create() -> nn.Module:
-        return import_timm().create_model(name)
+        timm = import_timm()
+        if name not in timm.list_models():
+            raise SkipTest(f"timm {timm.__version__} has no {name}")
+        return timm.create_model(name)
 
     return Case(name, seeded(create), _images(size), "timm")
 
