@@ -1,13 +1,13 @@
 """Exact passes on every model of the zoo: applied and proven, nothing to do, left alone with the reason, or failed.
 
-    python benchmarks/exact.py timm --output exact-timm.jsonl
-    python benchmarks/exact.py transformers --output exact-transformers.jsonl --passes rmsnorm fold-affine
-    python benchmarks/exact.py timm swin_tiny_patch4_window7_224 --passes all --files     # every pass there is
-    python benchmarks/exact.py report exact-timm.jsonl exact-transformers.jsonl     # the tables of docs/benchmarks.md
+    python benchmarks/exact.py run [NAME ...] [--library timm|transformers] [--seconds 300]
+    python benchmarks/exact.py run swin_tiny_patch4_window7_224 --passes all --files --output build/every.jsonl
+    python benchmarks/exact.py report [FILE ...]        # the tables of docs/benchmarks.md
 
-Each model writes one line to --output as soon as it is done; models that are there already are skipped. The figure is the
-largest relative error that the proof found, in exact arithmetic, in outputs, state and gradients. With --files each result
-is saved and loaded, and must give the same outputs.
+`run` goes on where the last run stopped and keeps one line a model in build/exact.jsonl, the last one of a model counting;
+each model has a process of its own and each pass `--limit` seconds of processor time. Of a pipeline only the last pass is
+proven: those before it have rows of their own. The figure is the largest relative error that the proof found, in exact
+arithmetic, in outputs, state and gradients. With --files each result is saved and loaded, and must give the same outputs.
 """
 
 from __future__ import annotations
@@ -15,39 +15,48 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import itertools
+import functools
 import json
+import platform
 import re
 import signal
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from torch import nn
 
-import rewrite
-from rewrite.errors import RewriteError, named_line
-from rewrite.pipeline.registry import pass_names
-from rewrite.torch_private import pytree
-from tests.models import zoo
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
+import rewrite  # noqa: E402
+from benchmarks.apart import apart  # noqa: E402
+from rewrite.errors import RewriteError, named_line  # noqa: E402
+from rewrite.pipeline.registry import as_passes, pass_names  # noqa: E402
+from rewrite.torch_private import pytree  # noqa: E402
+from tests.models import zoo  # noqa: E402
+
+RESULTS = ROOT / "build" / "exact.jsonl"
 PASSES = (
     "rmsnorm",
     "rmsnorm{centering=keep}",
     "rmsnorm{compressed=true}",
-    "layernorm",
+    "rmsnorm{centering=keep},layernorm",
     "fold-affine",
+    "rmsnorm{centering=keep},fold-affine,defer-norm",
     "fold-batchnorm",
-    "defer-norm",
+    "power-norm,merge-norms",
     "norm-scaling",
+    "deepnorm",
     "layerscale",
     "gpas",
 )
+"""The passes that promise the same function; those that follow others, behind them."""
 NEEDS = {
     "drop-attention": "drop-attention{layers=1}",
     "drop-ffn": "drop-ffn{layers=1}",
@@ -55,7 +64,7 @@ NEEDS = {
     "expand": "expand{ffn=2x}",
 }
 """The texts of passes that do nothing without options."""
-LATE = "not finished"
+APPLIED, NOTHING, LEFT, LATE, FAILED = "applied", "nothing there", "left alone", "not finished", "failed"
 HELD = {"same", "same with other weights", "formula", "formula with other weights"}
 
 
@@ -65,26 +74,20 @@ class LateError(Exception):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["timm", "transformers", "report"])
+    parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--library", choices=["timm", "transformers"])
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--passes", nargs="*", default=PASSES)
     parser.add_argument("--files", action="store_true", help="save and load each result, too")
-    parser.add_argument("--limit", type=int, default=180, help="seconds that a pass may take")
+    parser.add_argument("--limit", type=int, default=120, help="seconds that a pass may take")
+    parser.add_argument("--seconds", type=int, default=300, help="begin no model after so many")
     options = parser.parse_args()
-    if options.what == "report":
-        report([json.loads(line) for name in options.names for line in Path(name).read_text().splitlines()])
+    if options.action == "report":
+        report(results(map(Path, options.names or [RESULTS])))
         return
-    warnings.simplefilter("ignore")
-    output = options.output or Path(f"exact-{options.what}.jsonl")
-    done = {json.loads(line)["name"] for line in output.read_text().splitlines()} if output.exists() else set()
-    for case in zoo.timm_cases() if options.what == "timm" else zoo.transformers_cases():
-        if case.name not in done and (not options.names or case.name in options.names):
-            passes = every_pass() if options.passes == ["all"] else options.passes
-            result = tried(case, passes, options.limit, options.files)
-            with output.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(case.name, {k: v["what"] for k, v in result.get("passes", {}).items()} or result["error"], flush=True)
+    passes = every_pass() if options.passes == ["all"] else options.passes
+    run(options, passes)
 
 
 def every_pass() -> list[str]:
@@ -92,41 +95,93 @@ def every_pass() -> list[str]:
     return [NEEDS.get(name, name) for name in pass_names()]
 
 
-def tried(case: zoo.Case, passes: list[str], limit: int, files: bool) -> dict[str, Any]:
-    """Every pass on one model."""
+def results(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """The last row of each model; a pass that it was not tried with keeps its earlier result."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in (json.loads(line) for path in files if path.exists() for line in path.read_text().splitlines()):
+        earlier = found.get(row["name"], {}).get("passes", {})
+        found[row["name"]] = {**row, "passes": {**earlier, **row.get("passes", {})}}
+    return found
+
+
+# -------------------- running --------------------
+
+
+def run(options: argparse.Namespace, passes: list[str]) -> None:
+    """Try the models that have no result yet, or those named."""
+    warnings.simplefilter("ignore")
+    options.output.parent.mkdir(exist_ok=True)
+    end = time.monotonic() + options.seconds
+    torch.set_num_threads(1)
+    rewrite.capture(nn.Linear(2, 2), (torch.zeros(3, 2),))  # so that each child finds all that a capture imports
+    libraries = {"timm": zoo.timm_cases, "transformers": zoo.transformers_cases}
+    done = results([options.output])
+    for case in [c for name, cases in libraries.items() if options.library in (None, name) for c in cases()]:
+        missing = [text for text in passes if text not in done.get(case.name, {}).get("passes", {})]
+        tried = (passes if case.name in options.names else []) if options.names else missing
+        if not tried or time.monotonic() > end:
+            continue
+        row = one(case, tried, options)
+        with options.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        cells = {text: cell["what"] for text, cell in row["passes"].items()}
+        print(f"{case.name:34} {row['s']:6.1f} s  {cells or row['error']}", flush=True)
+
+
+def one(case: zoo.Case, passes: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Every pass on one model, in a process of its own."""
+    began = time.monotonic()
+    found = dict(apart(functools.partial(cells, case, passes, options), 60 + options.limit * len(passes)))
+    row = {"name": case.name, "library": case.library, "s": round(time.monotonic() - began, 1)}
+    if "error" in found:
+        return {**row, "error": found["error"], "passes": {}}
+    return {**row, "passes": {text: found.get(text, {"what": LATE}) for text in passes}}
+
+
+def cells(case: zoo.Case, passes: list[str], options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """What each pass does, as soon as it is known."""
     try:
         program = rewrite.capture(case.build(), *case.inputs(2, 12))
     except Exception as error:
-        return {"name": case.name, "error": named_line(error, 220)}
-    return {"name": case.name, "passes": {text: one(program, text, limit, files) for text in passes}}
+        yield "error", named_line(error, 220)
+        return
+    for text in passes:
+        yield text, cell(program, text, options.limit, options.files)
 
 
-def one(program: rewrite.Program, text: str, limit: int, files: bool) -> dict[str, Any]:
+def cell(program: rewrite.Program, text: str, limit: int, files: bool) -> dict[str, Any]:
     """What a pass did: how many edits, the proof's error, the reasons of what was left alone."""
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(limit)
-    began = time.perf_counter()
+    signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+    began = time.process_time()
     try:
-        made = rewrite.apply(program, text)
-        record = made.history[-1]
-        if files and record.changed:
-            reloaded(made)
+        found = tried(program, text, files)
     except rewrite.VerificationError as error:
-        return {"what": "failed", "why": named_line(error, 300)}
+        found = {"what": FAILED, "why": named_line(error, 300)}
     except RewriteError as error:
-        return {"what": "refused", "reasons": [str(error)]}
+        found = {"what": LEFT, "reasons": [str(error)]}
     except LateError:
-        return {"what": LATE}
+        found = {"what": LATE}
     except Exception as error:
-        return {"what": "failed", "why": named_line(error, 300)}
+        found = {"what": FAILED, "why": named_line(error, 300)}
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    return {**found, "s": round(time.process_time() - began, 1)}
+
+
+def tried(program: rewrite.Program, text: str, files: bool) -> dict[str, Any]:
+    """The last pass of a pipeline, proven."""
+    *before, last = as_passes(text)
+    with tempfile.TemporaryDirectory() as folder:
+        made = rewrite.apply(rewrite.apply(program, list(before), verify=False) if before else program, [last], crash_folder=folder)
+    record = made.history[-1]
+    if files and record.changed:
+        reloaded(made)
     checks = record.verification.checks if record.verification else ()
     errors = [check.error for check in checks if check.name in HELD and check.error is not None]
     reasons = [skip.reason for skip in record.skipped]
-    what = "applied" if record.changed else "left alone" if reasons else "nothing there"
-    seconds = round(time.perf_counter() - began, 1)
-    return {"what": what, "edits": len(record.changes), "error": max(errors, default=None), "reasons": reasons, "s": seconds}
+    what = APPLIED if record.changed else LEFT if reasons else NOTHING
+    return {"what": what, "edits": len(record.changes), "error": max(errors, default=None), "reasons": reasons[:20]}
 
 
 def reloaded(program: rewrite.Program) -> None:
@@ -148,33 +203,34 @@ def ring(*_: Any) -> None:
     raise LateError
 
 
-def report(found: list[dict[str, Any]]) -> None:
-    """A row for each pass, and the reasons for which models were left alone."""
-    seen = [each for each in found if "passes" in each]
-    print(f"{len(seen)} models; not captured: {', '.join(e['name'] for e in found if 'error' in e) or 'none'}\n")
-    print("| pass | applied | nothing there | left alone | not finished | failed | largest error |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    names = list(dict.fromkeys(itertools.chain.from_iterable(each["passes"] for each in seen)))
-    for name in names:
-        results = [each["passes"][name] for each in seen if name in each["passes"]]
-        count = collections.Counter(r["what"] for r in results)
-        worst = max((r["error"] for r in results if r.get("error") is not None), default=0.0)
-        left = count["left alone"] + count["refused"]
-        cells = [count["applied"], count["nothing there"], left, count[LATE], count["failed"], f"{worst:.1e}"]
-        print(f"| `{name}` | " + " | ".join(map(str, cells)) + " |")
-    print("\n| pass | a reason why a model was left alone as a whole | models |\n| --- | --- | --- |")
-    for name in names:
-        reasons = collections.Counter(
-            kind_of(each["passes"][name]["reasons"][0])
-            for each in seen
-            if each["passes"].get(name, {}).get("what") in ("left alone", "refused")
-        )
-        for reason, count_of in reasons.most_common(4):
-            print(f"| `{name}` | {reason} | {count_of} |")
-    for each in seen:
-        for name, result in each["passes"].items():
-            if result["what"] == "failed":
-                print(f"failed: {name} on {each['name']}: {result['why']}")
+# -------------------- reporting --------------------
+
+
+def report(found: dict[str, dict[str, Any]]) -> None:
+    """A row for each pass, the reasons for which models were left alone, and what failed."""
+    seen = [row for row in found.values() if row["passes"]]
+    counted = collections.Counter(row["library"] for row in seen)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}: ", end="")
+    print(", ".join(f"{count} {library}" for library, count in counted.items()), end="; not captured: ")
+    print(", ".join(row["name"] for row in found.values() if not row["passes"]) or "none", end="\n\n")
+    print(f"| pass | {APPLIED} | {NOTHING} | {LEFT} | {LATE} | {FAILED} | largest error |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    names = list(dict.fromkeys(name for row in seen for name in row["passes"]))
+    by_pass = {name: [row["passes"][name] for row in seen if name in row["passes"]] for name in names}
+    for name, results_ in by_pass.items():
+        count = collections.Counter(r["what"] for r in results_)
+        worst = max((r["error"] for r in results_ if r.get("error") is not None), default=0.0)
+        print(f"| `{name}` | " + " | ".join(str(count[k]) for k in (APPLIED, NOTHING, LEFT, LATE, FAILED)), end="")
+        print(f" | {worst:.1e} |" if count[APPLIED] else " | |")
+    print("\n| pass | a reason why a model was left alone as a whole | models |\n| --- | --- | ---: |")
+    for name, results_ in by_pass.items():
+        reasons = collections.Counter(kind_of(r["reasons"][0]) for r in results_ if r["what"] == LEFT)
+        for reason, many in reasons.most_common(4):
+            print(f"| `{name}` | {reason} | {many} |")
+    for row in seen:
+        for name, result in row["passes"].items():
+            if result["what"] in (FAILED, LATE):
+                print(f"{result['what']}: {name} on {row['name']}: {result.get('why', '')}", file=sys.stderr)
 
 
 def kind_of(reason: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -86,13 +87,16 @@ class RMSNorm(Pass):
 def _on_ready_streams(
     chosen: list[Norm], centering: Centering, program: Program, context: Context
 ) -> list[tuple[Norm, Stream]]:
-    """The norms whose streams can be centered, with those; the others are skipped with the reason."""
+    """The norms all of whose calls read streams that can be centered, with those; the others are skipped with the reason."""
     ready = []
     streams = streams_of(program, [(norm.node.all_input_nodes[0], norm.channel_axis) for norm in chosen])
     reasons = {id(stream): centering.obstacle(stream) for stream in streams}
+    calls = collections.defaultdict(list)
     for norm, stream in zip(chosen, streams, strict=True):
-        if reasons[id(stream)]:
-            context.skip(norm.path, reasons[id(stream)])
+        calls[norm.path].append(reasons[id(stream)])
+    for norm, stream in zip(chosen, streams, strict=True):
+        if reason := next(filter(None, calls[norm.path]), ""):
+            context.skip(norm.path, reason)
         else:
             ready.append((norm, stream))
     return ready

@@ -130,9 +130,10 @@ def _by_layer(layer: nn.Module, node: Node, operand: Node, axis: int) -> int | N
 
 
 def _item(node: Node, operand: Node, axis: int) -> int | None:
-    """``operator.getitem``: a part of a list of values."""
+    """``operator.getitem``: a part of a list of values, each of which was carried there (no ``max`` with its places)."""
     value = operand.meta.get("val")
-    return axis if isinstance(value, list | tuple) and tensor_value(node) is not None else None
+    carried_list = isinstance(value, list | tuple) and packet(operand) in _RULES
+    return axis if carried_list and tensor_value(node) is not None else None
 
 
 # ---- operators ---------------------------------------------------------------------------------------------------

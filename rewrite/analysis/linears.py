@@ -193,15 +193,16 @@ _MOVES = frozenset(
 )
 
 
-def readers(program: Program, node: Node) -> Iterator[tuple[Node, Node]]:
+def readers(program: Program, node: Node, *, averages: bool = True) -> Iterator[tuple[Node, Node]]:
     """Who reads a value along its last axis, with the node it is read from: (reader, source).
 
     Nodes that move, choose or average along the other axes are looked through: what they give of an affine map of the
-    last axis is that map of what they give. So is a dropout that drops nothing.
+    last axis is that map of what they give. So is a dropout that drops nothing. Without ``averages`` those that average
+    are not: what comes of each row by itself does not come of their mean.
     """
     for user in node.users:
-        if _keeps_last(program, user, node):
-            yield from readers(program, user)
+        if _keeps_last(program, user, node) and (averages or packet(user) is not aten.mean):
+            yield from readers(program, user, averages=averages)
         else:
             yield user, node
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from rewrite.graph.layers import Scale
-from rewrite.graph.nodes import aten, module_key, packet, tensor_value
+from rewrite.graph.nodes import aten, fixed_size, module_key, packet, tensor_value
 from rewrite.graph.program import Program
 
 from .carry import is_carrier, scale_of
@@ -41,6 +41,8 @@ class ResidualAdd:
 def residual_adds(program: Program) -> list[ResidualAdd]:
     """Every addition one of whose operands was computed from the other, in execution order.
 
+    The operand that is carried on has the sum's own sizes: a bias of all heads that an earlier layer used is none.
+
     A parallel block adds several branches of one value, one after the other: there the second addition's branch was
     computed from what the first one started from.
     """
@@ -51,8 +53,11 @@ def residual_adds(program: Program) -> list[ResidualAdd]:
     for add in program.graph.nodes:
         if packet(add) not in ADDS or not _tensor_operands(add):
             continue
-        left, right = (passed_through(program, operand) for operand in add.args[:2] if isinstance(operand, Node))
-        for skip, branch in ((left, right), (right, left)):
+        operands = [operand for operand in add.args[:2] if isinstance(operand, Node)]
+        left, right = (passed_through(program, operand) for operand in operands)
+        for operand, skip, branch in ((operands[0], left, right), (operands[1], right, left)):
+            if _broadcast(operand, add):
+                continue
             starts = [skip, *([origin[skip]] if skip in origin else []), *_scaled(program, add, skip, sums)]
             start = next((s for s in starts if skip is not branch and downstream.of(s, branch)), None)
             if start is not None:
@@ -61,6 +66,14 @@ def residual_adds(program: Program) -> list[ResidualAdd]:
                 sums.add(add)
                 break
     return found
+
+
+def _broadcast(operand: Node, add: Node) -> bool:
+    """Whether an operand is the same along an axis of the sum, or has fewer axes."""
+    own, whole = tensor_value(operand), tensor_value(add)
+    if own is None or whole is None or own.dim() != whole.dim():
+        return True
+    return any(fixed_size(a) == 1 and fixed_size(b) != 1 for a, b in zip(own.shape, whole.shape, strict=True))
 
 
 def _scaled(program: Program, add: Node, skip: Node, sums: Collection[Node]) -> list[Node]:

@@ -13,10 +13,10 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.layers import TransposedLinear
-from rewrite.graph.nodes import attribute
+from rewrite.graph.nodes import attribute, tensor_value
 from rewrite.graph.program import Program
 
-from .carry import carried, is_constant, scale_of
+from .carry import carried, is_constant, scale_of, size
 from .streams import Stream
 from .uses import Uses
 
@@ -33,6 +33,15 @@ _ALONG: dict[type[nn.Module], tuple[tuple[str, int], ...]] = {
 def along(layer: object) -> tuple[tuple[str, int], ...]:
     """The tensors of a plain layer that lie along the channels it writes, each with the axis of it that does."""
     return _ALONG.get(type(layer), ()) if isinstance(layer, nn.Module) else ()
+
+
+def averages(layer: object, node: Node, axis: int) -> bool:
+    """Whether the mean along ``axis`` of what a plain layer writes is what the mean of its tensors gives: these lie along it,
+    each channel is made of the same inputs as the others, and of the tensors as they stand."""
+    value = tensor_value(node)
+    if value is None or not along(layer) or getattr(layer, "groups", 1) != 1 or getattr(layer, "max_norm", None) is not None:
+        return False
+    return axis == value.dim() - 1 - len(getattr(layer, "kernel_size", ()))
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,9 @@ class Writers:
         scaled = self._scaled(node, stream.values[node])
         inner = scaled.node if scaled is not None else node
         layer: Any = self.uses.layer(inner)
-        if not along(layer) or getattr(layer, "groups", 1) != 1 or getattr(layer, "max_norm", None) is not None:
-            return f"{named(node)} writes to it, which is no linear layer, embedding, convolution or parameter"
+        if not averages(layer, inner, stream.values[node]):
+            what = "along another axis" if along(layer) else "which is no linear layer, embedding, convolution or parameter"
+            return f"{named(node)} writes to it, {what}"
         names = tuple(
             (f"{inner.target}.{name}", axis) for name, axis in along(layer) if getattr(layer, name, None) is not None
         )
@@ -109,7 +119,8 @@ class Writers:
                 return None
             between.append(data)
             data = sources[0]
-        if len(data.users) != 1 or not is_constant(gain):
+        number = tensor_value(gain)
+        if len(data.users) != 1 or not is_constant(gain) or number is None or number.numel() != size(node, axis):
             return None
         while gain.op != "get_attr":
             (gain,) = gain.all_input_nodes

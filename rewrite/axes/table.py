@@ -123,11 +123,11 @@ def _by_structure(program: Program, notes: Notes, values: Mapping[Node, Any]) ->
 
 
 def _hidden(stream: Stream, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:
-    node, axis = next(iter(stream.values.items()))
-    axes = values.get(node)
-    if isinstance(axes, list) and len(axes) > axis:
-        for atom in axes[axis].atoms():
-            yield atom, "hidden"
+    for node, axis in stream.values.items():
+        axes = values.get(node)
+        if isinstance(axes, list) and len(axes) > axis and isinstance(axes[axis], Dim):  # not the parts of a split
+            yield from ((atom, "hidden") for atom in axes[axis].atoms())
+            return
 
 
 def _ffn(branch: Branch, values: Mapping[Node, Any]) -> Iterator[tuple[Dim, str]]:

@@ -31,6 +31,7 @@ from .dropouts import DropoutsApart
 from .functions import recorded_functions
 from .leaves import keep_leaves
 from .refusals import refuse_transforms, why
+from .remembered import forgetting
 from .vmaps import batch_vmaps
 
 _PLAIN = (
@@ -151,7 +152,15 @@ def trace(
         dropped.clear()
         decided.clear()
         try:
-            with quiet(), keyword_safe(), seen_as(view), foreign_draws(notes), kept_whole(), recorded_functions(notes):
+            with (
+                quiet(),
+                keyword_safe(),
+                seen_as(view),
+                forgetting(model),
+                foreign_draws(notes),
+                kept_whole(),
+                recorded_functions(notes),
+            ):
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)
                 batch_vmaps(graph_module)

@@ -16,7 +16,7 @@ from torch.fx import Node
 from rewrite.analysis.branches import Branch, branches
 from rewrite.analysis.norms import norm_of
 from rewrite.analysis.streams import Reader, Stream
-from rewrite.analysis.writers import Writers, Written, named
+from rewrite.analysis.writers import Writers, Written, averages, named
 from rewrite.graph.like import like
 from rewrite.graph.nodes import attribute, tensor_value
 from rewrite.graph.relation import Centered
@@ -111,18 +111,20 @@ class Centering:
         open_ends = [w for w in stream.writers if is_read(w, stream, dropouts)]
         by_path: dict[str, list[Node]] = {}
         for node in [*open_ends, *dropouts, *stream.offsets]:
-            layer, axis = self.writers.uses.layer(node), stream.values[node]
-            last = tensor_value(node)
-            fits = (
-                type(layer) in kinds and last is not None and (axis == last.dim() - 1 or not isinstance(layer, nn.Dropout))
-            )
-            if fits:
+            if self._centers(node, stream.values[node], kinds):
                 by_path.setdefault(str(node.target), []).append(node)
             else:
-                insert_behind(self.edit, node, "center", self.layer(axis))
+                insert_behind(self.edit, node, "center", self.layer(stream.values[node]))
         for path, calls in by_path.items():
             layer = self.program.module.get_submodule(path)
             self.edit.replace_layer(path, like(layer, kinds[type(layer)]), calls)
+
+    def _centers(self, node: Node, axis: int, kinds: Collection[type[nn.Module]]) -> bool:
+        """Whether a layer of one of some kinds can stand in a node's place and center along an axis what it gives."""
+        layer, value = self.writers.uses.layer(node), tensor_value(node)
+        if type(layer) not in kinds or value is None:
+            return False
+        return axis == value.dim() - 1 if isinstance(layer, _DropoutNd) else averages(layer, node, axis)
 
     def _bake(self, plan: Written, done: set[int]) -> None:
         if plan.scale is not None:

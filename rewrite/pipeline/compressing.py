@@ -32,15 +32,19 @@ Pair = tuple[Norm, Stream]
 
 
 class CRMSNorm(nn.Module):
-    """y = z / √((Σ z² + (Σ z)²) / d + eps): the RMSNorm of x = (z, -Σ z), d = len(z) + 1, without its last unit."""
+    """y = z / √((Σ z² + (Σ z)²) / d + eps): the RMSNorm of x = (z, -Σ z), d = len(z) + 1, without its last unit.
+
+    In float32 at least, as torch's own norms compute.
+    """
 
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        squares = z.square().sum(-1, keepdim=True) + z.sum(-1, keepdim=True).square()
-        return z * torch.rsqrt(squares / (z.shape[-1] + 1) + self.eps)
+        x = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+        squares = x.square().sum(-1, keepdim=True) + x.sum(-1, keepdim=True).square()
+        return (x * torch.rsqrt(squares / (x.shape[-1] + 1) + self.eps)).to(z.dtype)
 
 
 class Compressing:

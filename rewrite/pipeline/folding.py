@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,14 @@ class NormReaders:
     """Who reads the values of norms, how often each layer is called, and which tensors are shared.
 
     ``untied`` names tensors that will have been untied by then, with ``biased`` a layer without a bias is given one.
+    Without ``averages`` nothing is folded through a mean of rows.
     """
 
-    def __init__(self, program: Program, untied: Collection[str] = (), *, biased: bool = False) -> None:
+    def __init__(
+        self, program: Program, untied: Collection[str] = (), *, biased: bool = False, averages: bool = True
+    ) -> None:
         self.program = program
+        self.averages = averages
         self.untied = untied
         self.biased = biased
         self.uses = Uses(program)
@@ -40,12 +44,15 @@ class NormReaders:
 
     def linears(self, node: Node) -> list[Linear]:
         """The linear maps that read a value, each once."""
-        found = {reader: linear_of(self.program, reader) for reader, _ in readers(self.program, node)}
+        found = {reader: linear_of(self.program, reader) for reader, _ in self._readers(node)}
         return [linear for linear in found.values() if linear is not None]
 
     def obstacle(self, node: Node, *, shifted: bool) -> str:
         """Why nothing can be folded into what reads a value, a shift neither where ``shifted``; empty if it can."""
-        return next(filter(None, (self._reader(*pair, shifted) for pair in readers(self.program, node))), "")
+        return next(filter(None, (self._reader(*pair, shifted) for pair in self._readers(node))), "")
+
+    def _readers(self, node: Node) -> Iterator[tuple[Node, Node]]:
+        return readers(self.program, node, averages=self.averages)
 
     def _reader(self, reader: Node, source: Node, shifted: bool) -> str:
         linear = linear_of(self.program, reader)
