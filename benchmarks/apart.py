@@ -1,4 +1,4 @@
-"""Work in a process of its own, forked after everything is imported: it may crash, or be ended, and leaves the rest alone."""
+"""Work in a process of its own, forked when all is imported: it may crash or be ended, and leaves the rest alone."""
 
 from __future__ import annotations
 

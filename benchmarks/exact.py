@@ -16,6 +16,7 @@ import argparse
 import collections
 import copy
 import functools
+import itertools
 import json
 import platform
 import re
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import rewrite  # noqa: E402
 from benchmarks.apart import apart  # noqa: E402
+from benchmarks.expansion_zoo import ordered  # noqa: E402
 from rewrite.errors import RewriteError, named_line  # noqa: E402
 from rewrite.pipeline.registry import as_passes, pass_names  # noqa: E402
 from rewrite.torch_private import pytree  # noqa: E402
@@ -114,9 +116,9 @@ def run(options: argparse.Namespace, passes: list[str]) -> None:
     end = time.monotonic() + options.seconds
     torch.set_num_threads(1)
     rewrite.capture(nn.Linear(2, 2), (torch.zeros(3, 2),))  # so that each child finds all that a capture imports
-    libraries = {"timm": zoo.timm_cases, "transformers": zoo.transformers_cases}
+    libraries = [options.library] if options.library else ["transformers", "timm"]
     done = results([options.output])
-    for case in [c for name, cases in libraries.items() if options.library in (None, name) for c in cases()]:
+    for case in itertools.chain.from_iterable(map(ordered, libraries)):
         missing = [text for text in passes if text not in done.get(case.name, {}).get("passes", {})]
         tried = (passes if case.name in options.names else []) if options.names else missing
         if not tried or time.monotonic() > end:
@@ -173,7 +175,9 @@ def tried(program: rewrite.Program, text: str, files: bool) -> dict[str, Any]:
     """The last pass of a pipeline, proven."""
     *before, last = as_passes(text)
     with tempfile.TemporaryDirectory() as folder:
-        made = rewrite.apply(rewrite.apply(program, list(before), verify=False) if before else program, [last], crash_folder=folder)
+        made = rewrite.apply(
+            rewrite.apply(program, list(before), verify=False) if before else program, [last], crash_folder=folder
+        )
     record = made.history[-1]
     if files and record.changed:
         reloaded(made)

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import itertools
 import json
-import os
 import platform
-import signal
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rewrite  # noqa: E402
+from benchmarks.apart import apart  # noqa: E402
 from rewrite.errors import RewriteError, first_line, named_line  # noqa: E402
 from rewrite.pipeline.crash import VerificationError  # noqa: E402
 from tests.models import zoo  # noqa: E402
@@ -101,7 +101,7 @@ def run(library: str, names: list[str], seconds: int, limit: int) -> None:
         if case.name in names if names else case.name not in done:
             if time.monotonic() > end:
                 break
-            row = apart(case, limit)
+            row = row_of(case, limit)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             failed = [f"{kind}: {value}" for kind, value in row["cells"].items() if value.startswith("failed")]
@@ -109,28 +109,16 @@ def run(library: str, names: list[str], seconds: int, limit: int) -> None:
             print(f"{case.name:34} {row['seconds']:6.1f} s  {late} late  {'; '.join(failed)}", flush=True)
 
 
-def apart(case: zoo.Case, limit: int) -> dict[str, Any]:
-    """One model in a forked process, which is ended after ``limit`` seconds of its processor time."""
+def row_of(case: zoo.Case, limit: int) -> dict[str, Any]:
+    """One model in a process of its own, which is ended after ``limit`` seconds of its processor time."""
     began = time.monotonic()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        signal.setitimer(signal.ITIMER_PROF, limit)
-        for kind, value in cells(case):
-            os.write(writing, f"{json.dumps([kind, value])}\n".encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        found = dict(map(json.loads, pipe.read().splitlines()))
-    os.waitpid(child, 0)
-    late = dict.fromkeys(STEPS, "late")
+    found = dict(apart(functools.partial(cells, case), limit))
     return {
         "name": case.name,
         "library": case.library,
         "seconds": round(time.monotonic() - began, 1),
         "limit": limit,
-        "cells": {**late, **found},
+        "cells": {**dict.fromkeys(STEPS, "late"), **found},
     }
 
 

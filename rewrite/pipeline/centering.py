@@ -18,7 +18,7 @@ from rewrite.analysis.norms import norm_of
 from rewrite.analysis.streams import Reader, Stream
 from rewrite.analysis.writers import Writers, Written, averages, named
 from rewrite.graph.like import like
-from rewrite.graph.nodes import attribute, tensor_value
+from rewrite.graph.nodes import aten, attribute, leaves, packet, tensor_value
 from rewrite.graph.relation import Centered
 from rewrite.torch_private import _DropoutNd
 
@@ -86,7 +86,7 @@ class Centering:
         norm = norm_of(self.program, reader.node)
         value = tensor_value(reader.value)
         if norm is None or value is None:
-            return tensor_value(reader.node) is None and reader.node.op != "output"  # it reads a size
+            return _gives_no_data(reader.node)
         return norm.kind == "layer" and norm.shape == (stream.size,) and norm.channel_axis % value.dim() == reader.axis
 
     def center(self, stream: Stream) -> None:
@@ -141,6 +141,13 @@ class Centering:
             done.add(id(attribute(self.program.module, path)))
         if plan.scale is not None:
             self.edit.remove_unused([plan.scale], named(plan.node), "LayerScale folded")
+
+
+def _gives_no_data(node: Node) -> bool:
+    """Whether a node takes a size, a dtype or a device of what it reads, and no number of it."""
+    numbers = packet(node) in (aten.item, aten._local_scalar_dense)
+    given = any(isinstance(value, torch.Tensor) for value in leaves(node.meta.get("val")))
+    return node.op == "call_function" and not numbers and not given
 
 
 def is_read(writer: Node, stream: Stream, stops: Collection[Node], passed: Collection[Node] = ()) -> bool:
