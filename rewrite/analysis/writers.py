@@ -37,7 +37,8 @@ def along(layer: object) -> tuple[tuple[str, int], ...]:
 
 def averages(layer: object, node: Node, axis: int) -> bool:
     """Whether the mean along ``axis`` of what a plain layer writes is what that of its tensors gives: they lie along it,
-    each channel is made of the same inputs as the others, and of the tensors as they stand."""
+    each channel is made of the same inputs as the others, and of the tensors as they stand.
+    """
     value = tensor_value(node)
     if value is None or not along(layer) or getattr(layer, "groups", 1) != 1 or getattr(layer, "max_norm", None) is not None:
         return False

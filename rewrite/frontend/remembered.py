@@ -1,5 +1,6 @@
 """Functions that remember what they gave (``functools.lru_cache``): during a trace they would keep its fake tensors, for the
-next trace and for the model's own next call."""
+next trace and for the model's own next call.
+"""
 
 from __future__ import annotations
 
