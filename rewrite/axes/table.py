@@ -164,7 +164,8 @@ def _last(axes: Any) -> list[Dim]:
 
 def _by_place(program: Program, notes: Notes) -> Iterator[tuple[Dim, str]]:
     """What is left: vocabularies and positions by their tables, channels of convolutions, experts and their units, all
-    others by number."""
+    others by number.
+    """
     channels, others = itertools.count(), itertools.count()
     stacked = {place.path for place in notes.places if place.role == "expert"}
     for place in notes.places:

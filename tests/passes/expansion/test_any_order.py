@@ -19,7 +19,7 @@ from torch import Tensor
 from rewrite import Program, apply, capture
 from rewrite.passes.expansion.expand import Expand
 
-from .test_expand import EPS, HEADS, Model
+from .test_expand import EPS, Model
 
 CASES = int(os.environ.get("REWRITE_CASES", "200"))
 MEAN = 4
