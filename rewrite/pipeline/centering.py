@@ -145,9 +145,8 @@ class Centering:
 
 def _gives_no_data(node: Node) -> bool:
     """Whether a node takes a size, a dtype or a device of what it reads, and no number of it."""
-    numbers = packet(node) in (aten.item, aten._local_scalar_dense)
     given = any(isinstance(value, torch.Tensor) for value in leaves(node.meta.get("val")))
-    return node.op == "call_function" and not numbers and not given
+    return node.op == "call_function" and packet(node) is not aten.item and not given
 
 
 def is_read(writer: Node, stream: Stream, stops: Collection[Node], passed: Collection[Node] = ()) -> bool:
