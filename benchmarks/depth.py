@@ -1,6 +1,6 @@
 """What depth passes cost in quality and gain in time: a character GPT of 12 layers, trained on real text.
 
-    python benchmarks/depth.py quality [--seeds 1] [--steps 1500] [--heal 100] [--models FOLDER] [--picture FILE.png]
+    python benchmarks/depth.py quality [--seeds 0,1,2] [--steps 1500] [--heal 100] [--models FOLDER] [--picture FILE.png]
     python benchmarks/depth.py latency [--rounds 15] [--backends eager,inductor,onnxruntime]
     python benchmarks/depth.py healing [--heal 200] [--models FOLDER]
 
@@ -98,7 +98,7 @@ class Point:
 def quality(options: argparse.Namespace) -> None:
     known = json.loads(options.results.read_text()) if options.results.exists() else []
     points = {(p["seed"], p["method"], p["cut"]): Point(**p) for p in known}
-    for seed in range(options.seeds):
+    for seed in map(int, options.seeds.split(",")):
         model = trained(seed, options.steps, options.models)
         program = rewrite.capture(model, (calls(seed, 1)[0],))
         variants = made(program, seed)
@@ -272,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds: dict[str, Callable[[argparse.Namespace], None]] = {"quality": quality, "latency": latency, "healing": healing}
     parser.add_argument("kind", choices=kinds)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="of models and batches, after each other")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--heal", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=15)

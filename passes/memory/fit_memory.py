@@ -99,13 +99,13 @@ class FitMemory(Pass):
             )
         for item, choice in zip(task.items, plan.choices, strict=True):
             named = f"{choice}: {item.obstacle}" if choice == KEEP and item.obstacle else choice
-            context.measure(
-                f"{item.path or '(the model)'} {item.key[1]}", tensor=item.keeper, bytes=item.bytes, choice=named
-            )
-        context.measure("in all", tensor="", bytes=eager, choice=f"{reached:,} bytes, {plan.seconds * 1e3:.2f} ms more")
+            operator = "" if item.keeper == item.path.replace(".", "_") else item.keeper
+            context.measure(item.path or "(the model)", tensor=operator, bytes=item.bytes, choice=named)
+        told = f"{reached:,} bytes, {reached / eager:.3f} of eager, {plan.seconds * 1e3:.2f} ms more"
+        context.measure("in all", tensor="", bytes=eager, choice=told)
         for each in frontier(task):
             figures = {"kept": each.bytes / eager, "seconds": each.seconds, "noise": each.noise}
-            context.measure("frontier", tensor="", bytes=each.bytes, choice="the best plan of this size", **figures)
+            context.measure("frontier", bytes=each.bytes, **figures)
 
     def _task(self, program: Program, context: Context) -> tuple[Task, Mapping[str, Place]]:
         items = inventory(program, context.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 NAMED = 4
 """How many module paths are named before "and 21 more"."""
+_NUMBER = re.compile(r"\d+")
 FIGURES = ("output error", "site error")
 """Checks that measure and cannot fail."""
 
@@ -124,14 +126,35 @@ def _changed_and_proven(record: Record) -> Iterator[tuple[str, RenderableType]]:
                 yield check.name, f"{check.error:.3g} ({check.detail})"
 
 
-def measured_table(measured: Sequence[Measured]) -> Table:
-    """What a pass measured at each place: one row a place, one column a name."""
-    names = list(dict.fromkeys(name for each in measured for name in each.figures))
-    table = Table("place", *names, box=None, pad_edge=False, header_style="dim")
+def measured_table(measured: Sequence[Measured]) -> RenderableType:
+    """What a pass measured at each place: one row a place, one column a name, a table for each kind of row.
+
+    Rows that say the same of places whose names differ in numbers alone are one row, with their count.
+    """
+    kinds: dict[tuple[str, ...], list[Measured]] = {}
     for each in measured:
-        figures = (each.figures.get(name, "") for name in names)
-        table.add_row(each.path, *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in figures))
+        kinds.setdefault(tuple(each.figures), []).append(each)
+    return Group(*(_measured_rows(names, rows) for names, rows in kinds.items()))
+
+
+def _measured_rows(names: Sequence[str], rows: Sequence[Measured]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("place", *names):
+        is_text = name == "place" or any(isinstance(each.figures[name], str) for each in rows)
+        table.add_column(name, overflow="fold", justify="left" if is_text else "right")
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for each in rows:
+        cells = (each.path, *(_figure(each.figures[name]) for name in names))
+        texts = [isinstance(v, str) for v in ("", *each.figures.values())]
+        like = tuple(_NUMBER.sub("*", c) if text else c for c, text in zip(cells, texts, strict=True))
+        groups.setdefault(like, []).append(cells)
+    for like, members in groups.items():
+        table.add_row(*(members[0] if len(members) == 1 else (f"{len(members)} of {like[0]}", *like[1:])))
     return table
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
 def _changed(record: Record) -> RenderableType:

@@ -48,6 +48,16 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def is_apart(tensor: torch.Tensor) -> bool:
+    """Whether no two numbers share a place in the storage, in some order of the axes; gaps do not matter."""
+    least = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride < least:
+            return False
+        least = stride * size if size != 1 else least
+    return True
+
+
 def from_heads(kept: ByHead) -> torch.Tensor:
     """The storage, flat."""
     made = torch.empty(kept.numbers.length, dtype=kept.numbers.dtype, device=kept.numbers.rows.device)

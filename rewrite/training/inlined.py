@@ -1,8 +1,9 @@
 """Packing as a pair of GraphModules, which AOTAutograd makes a part of the graphs that it compiles.
 
 The first goes to the end of the forward's graph, for each tensor that lives in there alone, the second to the beginning of
-the backward's: both are traced anew for each tensor, and fused with what stands around them. Called on a tensor that is
-none of a trace, as between two compiled graphs, they pack as in eager mode.
+the backward's: both are traced anew for each tensor, and fused with what stands around them. A part of a storage, such as
+the queries of a joint projection, is packed by itself, and comes back without the gaps. Called on a tensor that is none of a
+trace, as between two compiled graphs, they pack as in eager mode.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rewrite.torch_private import is_traced
 from .draws import peeked_seed
 from .float8 import Floats, floated, from_floats
 from .groups import Draw, Groups, grouped, restored
-from .heads import by_head, head_order, is_dense
+from .heads import by_head, head_order, is_apart
 from .packer import BITS, Packer
 from .packing import pack, unpack
 
@@ -88,7 +89,7 @@ def _pack(plan: Plan, tensor: torch.Tensor) -> Any:
     if not is_traced(tensor):
         return _pack_eagerly(tensor)
     counts = tensor.is_floating_point() and tensor.itemsize > 1 and plan.bits
-    if not (counts or tensor.dtype is torch.bool) or tensor.numel() < plan.min_size or not is_dense(tensor):
+    if not (counts or tensor.dtype is torch.bool) or tensor.numel() < plan.min_size or not is_apart(tensor):
         return (tensor,)
     lay = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     order = head_order(tensor, tensor.numel(), plan.heads) if plan.heads and counts else None

@@ -18,6 +18,8 @@ from rewrite.graph.nodes import attribute, is_random
 from rewrite.graph.properties import Runner, Running, uncompiled
 from rewrite.numerics.randomness import draws
 
+from .stateful import replaying
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -98,7 +100,7 @@ def _is_random(part: Segment, layers: Sequence[nn.Module]) -> bool:
 
 def checkpointed(run: Runner, layers: Sequence[nn.Module], *, random: bool = True) -> Runner:
     """``run`` by ``torch.utils.checkpoint``; a second forward draws what the first drew, in its modes, and
-    leaves buffers as they are.
+    leaves buffers as they are. What it is given and changes, such as a cache of keys, it is given as it was.
 
     With ``random`` False nothing draws.
     """
@@ -109,7 +111,8 @@ def checkpointed(run: Runner, layers: Sequence[nn.Module], *, random: bool = Tru
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return nullcontext(), _as_it_was(layers, modes)
 
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=random, **kwargs)
+        rerun = replaying(run, args, kwargs)
+        return checkpoint(rerun, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=random, **kwargs)
 
     return uncompiled(again)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
+from rewrite.training.regions import checkpointed
 from tests.compare import captured
 from tests.passes.table import Row
 
@@ -149,6 +150,34 @@ class Writing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.fc(x.add_(1))
         return found
+
+
+class Cache:
+    """What came so far: each call adds to it, and attends to all of it."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def added(self, x: Tensor) -> Tensor:
+        self.rows.append(x)
+        return torch.cat(self.rows)
+
+
+def test_a_cache_is_added_to_once() -> None:
+    """A second forward is given it as it was before the first, with the tensors themselves; so is a third."""
+    first, w = torch.randn(2, 4), torch.randn(4, 4, requires_grad=True)
+
+    def forward(x: Tensor, *, cache: Cache) -> Tensor:
+        return cache.added(x @ w).tanh().sum(0)
+
+    found, caches = [], [Cache(), Cache()]
+    for run, cache in zip((forward, checkpointed(forward, [])), caches, strict=True):
+        cache.rows.append(first)
+        y = run(X[:, :4], cache=cache).square().sum()
+        found += [torch.autograd.grad(y, w, retain_graph=True)[0] for _ in range(2)]
+    assert all(torch.equal(found[0], each) for each in found)
+    assert [len(cache.rows) for cache in caches] == [2, 2]
+    assert all(cache.rows[0] is first for cache in caches)
 
 
 def test_what_cannot_run_twice_is_left_alone() -> None:

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from rewrite.cli.render import measured_table
+from rewrite.graph.history import Measured
 from tests.rewrite.cli.running import ESCAPE, MLP_INPUTS, fails, run
 
 
@@ -40,6 +44,21 @@ def test_other_ways_stand_beside_it_and_a_picture_is_drawn(model: Path, tmp_path
     assert found["ways"][4]["bytes"] == found["after"]["bytes"]
     assert all(way["peak"] >= way["bytes"] > 0 and way["seconds"] > 0 for way in found["ways"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_one_row_where_only_numbers_in_names_differ() -> None:
+    rows = [Measured(f"h.{i}.norm", {"bytes": 8192, "choice": "recompute"}) for i in range(3)]
+    rows += [Measured("h.3.norm", {"bytes": 8192, "choice": "keep"}), Measured("frontier", {"noise": 0.25})]
+    console = Console(width=60)
+    with console.capture() as capture:
+        console.print(measured_table(rows))
+    assert [line.split() for line in capture.get().splitlines()] == [
+        ["place", "bytes", "choice"],
+        ["3", "of", "h.*.norm", "8,192", "recompute"],
+        ["h.3.norm", "8,192", "keep"],
+        ["place", "noise"],
+        ["frontier", "0.25"],
+    ]
 
 
 def test_a_frontier_is_drawn(model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import rewrite
 from rewrite.training.groups import drawn_by, grouped, grouped_bytes, restored
+from rewrite.training.heads import is_apart
 from rewrite.training.inlined import Eager, hooks, packing_by, plan_of, scattered
 from rewrite.training.packer import Packer, Storages, View
 from rewrite.training.packing import packed_bytes
@@ -65,6 +66,27 @@ def test_any_size_and_any_layout() -> None:
     for size in (4, 6):
         given = torch.randn(size, 3, 9, 9).to(memory_format=torch.channels_last)
         assert error(gradients(copy.deepcopy(model), given), gradients(run, given)) < 0.05
+
+
+class Joint(nn.Module):
+    """q ∘ k of one projection, each a part of its storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(64, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.both(x).chunk(2, -1)
+        return q * k
+
+
+def test_parts_of_a_storage_are_packed_each_by_itself() -> None:
+    model = Joint()
+    program = rewrite.apply(model, "compress-activations{min_size=64 rounding=nearest}", args=(X,), verify=False)
+    run = compiled(program.module)
+    assert 0 < error(gradients(model, X), gradients(run, X)) < 0.01
+    assert kept_bytes(program.module, ((X,), {}), run) == 2 * grouped_bytes(32 * 64, 8, 256, torch.float32)
+    assert [is_apart(t) for t in (X[:, :3], X.t()[2:], X[:1].expand(4, 64), X[None])] == [True, True, False, True]
 
 
 def test_what_is_left_to_eager_mode_is_packed_as_there() -> None:
