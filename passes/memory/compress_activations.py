@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rewrite.analysis.observe import home, inputs_of, whole_calls
+from rewrite.analysis.observe import first_inputs
 from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.layers import ScaledDotProductAttention
 from rewrite.graph.nodes import fixed_size, tensor_value
@@ -84,11 +84,8 @@ class CompressActivations(Pass):
         """The bits of each tensor, in execution order; 8 for those that are too small to be compressed."""
         if context.data is None:
             raise RewriteError(f"{self.text} needs data: apply(..., data=...) or --data FILE")
-        call = next(iter(whole_calls(program, context.data)), None)
-        if call is None:
-            raise RewriteError(f"{self.text}: the data is empty")
         context.listener("measuring how sensitive the gradient is")
-        found = sensitivities(program, inputs_of(program, call, home(program.module)), self.min_size, context.seed)
+        found = sensitivities(program, first_inputs(program, context.data), self.min_size, context.seed)
         large = [place for place, each in enumerate(found) if each.size >= self.min_size]
         chosen = allotted([found[i].cost for i in large], [found[i].size for i in large], self.average)
         bits = dict(zip(large, chosen, strict=True))

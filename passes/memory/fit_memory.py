@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewrite.analysis.carry import sizes
 from rewrite.analysis.costs import flops
-from rewrite.analysis.observe import home, inputs_of, whole_calls
+from rewrite.analysis.observe import first_inputs, home
 from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.module_calls import module_calls
 from rewrite.graph.nodes import tensor_value
@@ -130,9 +130,8 @@ class FitMemory(Pass):
 
     def _noise(self, program: Program, context: Context, items: Sequence[Item]) -> Mapping[tuple[str, int], float]:
         """What each tensor's rounding adds to the gradient's variance, at 1 bit."""
-        call = next(iter(whole_calls(program, context.data)), None) if context.data is not None else None
-        inputs: Any = program.module.interface.bind(program.example_args, program.example_kwargs)
-        inputs = inputs if call is None else inputs_of(program, call, home(program.module))
+        example = program.module.interface.bind(program.example_args, program.example_kwargs)
+        inputs = example if context.data is None else first_inputs(program, context.data)
         found = sensitivities(program, inputs, self.min_size, context.seed)
         rounded = [item for item in items if item.is_rounded]
         return {item.key: each.cost for item, each in zip(rounded, found, strict=True)}

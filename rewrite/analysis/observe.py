@@ -174,6 +174,17 @@ def inputs_of(program: Program, call: Call, device: torch.device) -> list[Any]:
     return [_like(value, given) for value, given in zip(flat, example, strict=True)]
 
 
+def first_inputs(program: Program, data: Data) -> list[Any]:
+    """The flat graph inputs of the data's first call. Raises RewriteError for data that is empty or does not fit."""
+    call = next(iter(whole_calls(program, data)), None)
+    if call is None:
+        raise RewriteError("the data is empty")
+    try:
+        return inputs_of(program, call, home(program.module))
+    except (TypeError, ValueError) as error:
+        raise RewriteError(f"the model does not run on item 0 of the data: {named_line(error)}") from error
+
+
 def home(module: torch.nn.Module) -> torch.device:
     """The device of a module's parameters."""
     return next((t.device for t in module.parameters()), torch.device("cpu"))

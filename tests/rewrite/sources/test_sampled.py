@@ -45,3 +45,20 @@ def test_without_data_it_is_refused_as_before() -> None:
         inputs_for(Own(), None)
     with pytest.raises(RewriteError, match="the data is empty"):
         inputs_for(Own(), Data.of([]))
+
+
+class Images(nn.Module):
+    """Takes images of any size, and says a size of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.default_cfg = {"input_size": (3, 224, 224)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+def test_images_have_the_size_that_they_have_in_the_data() -> None:
+    assert inputs_for(Images(), None)[0][0].shape == (2, 3, 224, 224)
+    (x,), _ = inputs_for(Images(), Data.of(torch.randn(8, 3, 40, 40)))
+    assert x.shape == (2, 3, 40, 40)
