@@ -223,15 +223,15 @@ def latency(options: argparse.Namespace) -> None:
 
 
 class Parallel(nn.Module):
-    """The FFNs of a stack in runs of 4, each reading what the first of its run reads."""
+    """The FFNs of a stack in runs, each reading what the first of its run reads."""
 
-    def __init__(self, stack: nn.Sequential) -> None:
+    def __init__(self, stack: nn.Sequential, run: int = 4) -> None:
         super().__init__()
-        self.stack = stack
+        self.stack, self.run = stack, run
 
     def forward(self, x: Tensor) -> Tensor:
-        for start in range(0, len(self.stack), 4):
-            x = x + sum((ffn(x) - x for ffn in self.stack[start : start + 4]), torch.zeros(()))
+        for start in range(0, len(self.stack), self.run):
+            x = x + sum((ffn(x) - x for ffn in self.stack[start : start + self.run]), torch.zeros_like(x))
         return x
 
 
@@ -244,10 +244,18 @@ def latencies(programs: Sequence[Program], inputs: Any, rounds: int, backend: st
             for call, taken in zip(lowered, times, strict=True):
                 call(*inputs)
                 for _ in range(BURST):
+                    _wait()
                     began = time.perf_counter()
                     call(*inputs)
+                    _wait()
                     taken.append(1e3 * (time.perf_counter() - began))
     return [statistics.quantiles(taken[BURST:], n=10)[0] for taken in times]  # others may be at work at the same time
+
+
+def _wait() -> None:
+    """Until a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 # ---- healing -------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 NAMED = 4
 """How many module paths are named before "and 21 more"."""
-_NUMBER = re.compile(r"\d+")
+_NUMBER, _NAME = re.compile(r"\d+"), re.compile(r"(?<=_)\d+")
+"""What differs between places that are alike, in their paths and in the names of operators."""
 FIGURES = ("output error", "site error")
 """Checks that measure and cannot fail."""
 
@@ -145,8 +146,7 @@ def _measured_rows(names: Sequence[str], rows: Sequence[Measured]) -> Table:
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for each in rows:
         cells = (each.path, *(_figure(each.figures[name]) for name in names))
-        texts = [isinstance(v, str) for v in ("", *each.figures.values())]
-        like = tuple(_NUMBER.sub("*", c) if text else c for c, text in zip(cells, texts, strict=True))
+        like = (_NUMBER.sub("*", each.path), *(_NAME.sub("*", cell) for cell in cells[1:]))
         groups.setdefault(like, []).append(cells)
     for like, members in groups.items():
         table.add_row(*(members[0] if len(members) == 1 else (f"{len(members)} of {like[0]}", *like[1:])))

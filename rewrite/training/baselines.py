@@ -70,7 +70,7 @@ def compared(
         raise RewriteError("the program is on the meta device: there is nothing to measure")
     runs: dict[str, tuple[Program, float | None]] = {
         "eager": (program, None),
-        "checkpoint per block": (_blocks(program), None),
+        "checkpoint per block": (checkpointed_blocks(program), None),
     }
     if compiled:
         runs["torch.compile"] = (program, 1.0)
@@ -118,7 +118,7 @@ def _without_notes() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _blocks(program: Program) -> Program:
+def checkpointed_blocks(program: Program) -> Program:
     """The program with what blocks keep computed again, each block as a whole."""
     blocks = [p.path for p in places(program) if not p.is_layer and p.is_standard and not p.obstacle]
     outer = [path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)]

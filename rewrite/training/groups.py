@@ -54,6 +54,8 @@ def side_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def as_pair(flat: torch.Tensor) -> Pair | None:
     """The numbers as one bit each where there are at most two of them, as a mask has; else None. NaN is none of them."""
+    if not flat.numel():
+        return None
     low, high = flat.aminmax()
     is_high = flat == high
     if not bool((is_high | (flat == low)).all()):

@@ -48,14 +48,19 @@ def test_other_ways_stand_beside_it_and_a_picture_is_drawn(model: Path, tmp_path
 
 def test_what_was_measured_is_one_row_where_only_numbers_in_names_differ() -> None:
     rows = [Measured(f"h.{i}.norm", {"bytes": 8192, "choice": "recompute"}) for i in range(3)]
-    rows += [Measured("h.3.norm", {"bytes": 8192, "choice": "keep"}), Measured("frontier", {"noise": 0.25})]
+    rows += [
+        Measured("h.3.norm", {"bytes": 8192, "choice": "8 bits"}),
+        Measured("h.4.norm", {"bytes": 8192, "choice": "4 bits"}),
+    ]
+    rows += [Measured("frontier", {"noise": 0.25})]
     console = Console(width=60)
     with console.capture() as capture:
         console.print(measured_table(rows))
     assert [line.split() for line in capture.get().splitlines()] == [
         ["place", "bytes", "choice"],
         ["3", "of", "h.*.norm", "8,192", "recompute"],
-        ["h.3.norm", "8,192", "keep"],
+        ["h.3.norm", "8,192", "8", "bits"],
+        ["h.4.norm", "8,192", "4", "bits"],
         ["place", "noise"],
         ["frontier", "0.25"],
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rewrite.training.groups import as_pair
 from rewrite.training.packing import pack, packed_bytes, unpack
 
 
@@ -26,3 +27,10 @@ def test_where_each_bit_lies() -> None:
     """Nine numbers are rows of two: bit k of byte j is that of number j + 2 k."""
     planes = pack(torch.tensor([1, 0, 2, 3, 0, 0, 0, 1, 3], dtype=torch.uint8), 2)
     assert planes.tolist() == [[0b10001, 0b01010], [0b10010, 0b00010]]
+
+
+def test_no_numbers_are_no_mask() -> None:
+    assert as_pair(torch.zeros(0)) is None
+    pair = as_pair(torch.tensor([0.0, 2.0, 2.0]))
+    assert pair is not None
+    assert pair.length == 3
