@@ -6,7 +6,7 @@ One thread, random weights, two blocks (or a ResNet-18 and an atto ConvNeXt on s
 by index_add), no dropout. A step is one forward and the gradient of all parameters, the median CPU time of three. Error
 (relative, root mean square) and cosine are those of the gradients of the parameters that both models have, for a random
 projection of the outputs, against eager in the same dtype. What a compiler takes part in stands compiled too, with all that
-it would keep and with half of it.
+it would keep and with half of it. `--no-ways` leaves all baselines but eager out.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ PIPELINES = [
     "velora",
     f"{CHEAP},compress-activations",
     "share-norm,few-bit,compress-activations",
+    f"share-norm,{CHEAP},compress-activations",
+    "recompute,compress-activations",
+    "recompute,compress-activations{bits=4}",
     "fit-memory{budget=0.5}",
     "fit-memory{budget=0.25}",
     "fit-memory{budget=0.1}",
@@ -101,6 +104,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--passes", help="pipelines whose text has one of these, instead of all")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-ways", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.machine()}, one thread; width {WIDTH}, {LAYERS} blocks, {BATCH} x {TOKENS}")
@@ -108,10 +112,10 @@ def main() -> None:
         for dtype in options.dtypes.split(","):
             wanted = (options.passes or "").split(",")
             chosen = [text for text in PIPELINES if any(part in text for part in wanted)]
-            table(name, getattr(torch, dtype), chosen, compiled=not options.no_compile)
+            table(name, getattr(torch, dtype), chosen, compiled=not options.no_compile, ways=not options.no_ways)
 
 
-def table(name: str, dtype: torch.dtype, pipelines: Sequence[str], *, compiled: bool) -> None:
+def table(name: str, dtype: torch.dtype, pipelines: Sequence[str], *, compiled: bool, ways: bool = True) -> None:
     """A row for each baseline and each pipeline."""
     model, inputs = made(name)
     model = model.to(dtype).eval()
@@ -119,10 +123,10 @@ def table(name: str, dtype: torch.dtype, pipelines: Sequence[str], *, compiled: 
     program = rewrite.capture(model, (), inputs)
     columns = ("", "kept, KiB", "times less", "peak, KiB", "ms", "error", "cosine")
     print(f"\n### {name}, {dtype}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    ways = compared(program, compiled=compiled, clock=time.process_time).rows
+    rows = compared(program, compiled=compiled, clock=time.process_time).rows if ways else (_eager(program),)
     exact = gradients(program.module, inputs)
-    for way in ways:
-        print(row(way.name, way, ways[0], ""), flush=True)
+    for way in rows:
+        print(row(way.name, way, rows[0], ""), flush=True)
     for text in pipelines:
         try:
             after = rewrite.apply(program, text, data=[inputs], verify=False)
@@ -135,7 +139,7 @@ def table(name: str, dtype: torch.dtype, pipelines: Sequence[str], *, compiled: 
             row(
                 f"`{text}`",
                 way_of(text, after, clock=time.process_time),
-                ways[0],
+                rows[0],
                 near(exact, gradients(after.module, inputs)),
             ),
             flush=True,
@@ -143,7 +147,11 @@ def table(name: str, dtype: torch.dtype, pipelines: Sequence[str], *, compiled: 
         if compiled and text in COMPILED:
             for budget in (1.0, BUDGET):
                 title = f"`{text}`, torch.compile" + f", budget {budget}" * (budget < 1)
-                print(row(title, way_of(title, after, budget, clock=time.process_time), ways[0], ""), flush=True)
+                print(row(title, way_of(title, after, budget, clock=time.process_time), rows[0], ""), flush=True)
+
+
+def _eager(program: rewrite.Program) -> Way:
+    return way_of("eager", program, clock=time.process_time)
 
 
 def row(name: str, way: Way, eager: Way, near: str) -> str:

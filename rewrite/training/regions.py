@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,12 +109,27 @@ def checkpointed(run: Runner, layers: Sequence[nn.Module], *, random: bool = Tru
         modes = {part: part.training for layer in layers for part in layer.modules()}
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), _as_it_was(layers, modes)
+            return nullcontext(), _Anew(lambda: _as_it_was(layers, modes))
 
         rerun = replaying(run, args, kwargs)
         return checkpoint(rerun, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=random, **kwargs)
 
     return uncompiled(again)
+
+
+@dataclass
+class _Anew(AbstractContextManager[None]):
+    """A context that is made anew each time it is entered: once a backward, of which there may be several."""
+
+    make: Callable[[], AbstractContextManager[None]]
+    opened: list[AbstractContextManager[None]] = field(default_factory=list)
+
+    def __enter__(self) -> None:
+        self.opened.append(self.make())
+        self.opened[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.opened.pop().__exit__(*error)
 
 
 @contextmanager
