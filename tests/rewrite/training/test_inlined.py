@@ -117,3 +117,20 @@ def test_a_hash_rounds_without_bias() -> None:
     seldom = 5 * float(rows.max() - rows.min()) / 3 / 4000
     assert bool(((made.mean(0) - rows[0]).abs() <= 5 * made.std(0) / 4000**0.5 + seldom).all())
     assert drawn_by(None) is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_allocator_says_the_same_of_a_compiled_model() -> None:
+    model, x = net().cuda(), torch.randn(4096, 64, device="cuda")
+    program = rewrite.apply(model, "compress-activations{bits=4}", args=(x,), verify=False)
+
+    def growth(module: nn.Module) -> int:
+        torch.compiler.reset()
+        run = torch.compile(module.train())
+        run(x).sum().backward()
+        before = torch.cuda.memory_allocated()
+        y = run(x)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
+
+    assert growth(program.module) < 0.3 * growth(copy.deepcopy(model))
