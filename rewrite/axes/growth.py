@@ -71,6 +71,8 @@ class _Filling:
     ) -> torch.Tensor | None:
         if not tensor.is_floating_point():
             return None
+        if tensor.is_meta:
+            return tensor.new_empty(shape)
         dims = {place.axis: place.dim for place in places}
         roles = {axis: {place.role for place in places if place.axis == axis} for axis in dims}
         beside = {growth.dim: growth.beside for growth in self.growths}

@@ -6,6 +6,7 @@ pruning, reordering and doubling are the same call. New rows of a tensor are 0, 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,15 +57,21 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
     Raises RewriteError for a dimension that cannot change, with the reason, and where a value does not fit afterwards.
     """
     resize_numbers(edit, table, chosen)
+    known: dict[Dim, tuple[int, ...]] = {}
     for path, places in along(table, chosen).items():
         tensor = attribute(edit.program.module, path)
-        dims = {place.axis: place.dim for place in places}
-        vectors = {axis: tuple(vector_of(dim, chosen)) for axis, dim in dims.items()}
-        changed = {axis: v for axis, v in vectors.items() if list(v) != list(range(tensor.shape[axis]))}
+        dims = {place.axis: place.dim.root() for place in places if not chosen.keys().isdisjoint(place.dim.atoms())}
+        known.update((dim, tuple(vector_of(dim, chosen))) for dim in dims.values() if dim not in known)
+        changed = {axis: known[dim] for axis, dim in dims.items() if not _is_as_before(known[dim], tensor.shape[axis])}
         if changed:
             shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
             made = Resized(tuple(sorted(changed.items())), fill(path, tensor, places, shape))
             edit.set_parameter(path, made, path)
+
+
+def _is_as_before(vector: Sequence[int], size: int) -> bool:
+    """Whether each entry is the old one at its place."""
+    return len(vector) == size and all(map(operator.eq, vector, range(size)))
 
 
 def note_values(edit: Editor, table: Table, known: Mapping[Dim, Vector], free: Collection[Dim] = ()) -> None:
@@ -73,12 +80,15 @@ def note_values(edit: Editor, table: Table, known: Mapping[Dim, Vector], free: C
     Values along an atom of ``free`` too, whose new entries are anything, are left aside.
     """
     moves: dict[Node, Relation] = {}
+    picked: dict[Dim, tuple[int, ...]] = {}
     for node, axes in table.values.items():
         dims = axes if isinstance(axes, list) and all(isinstance(dim, Dim) for dim in axes) else []
         atoms = [{atom.root() for atom in dim.atoms()} for dim in dims]
         if not any(own & known.keys() for own in atoms) or any(own & set(free) for own in atoms):
             continue
-        links = tuple(Picked(i, tuple(vector_of(dim, known))) for i, dim in enumerate(dims) if atoms[i] & known.keys())
+        moved = [(i, dim.root()) for i, dim in enumerate(dims) if atoms[i] & known.keys()]
+        picked.update((dim, tuple(vector_of(dim, known))) for _, dim in moved if dim not in picked)
+        links = tuple(Picked(i, picked[dim]) for i, dim in moved)
         moves[node] = Chain(links) if len(links) > 1 else links[0]
     edit.move(list(moves), "other entries along it", moves)
 

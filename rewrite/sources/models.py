@@ -17,6 +17,7 @@ from rewrite.errors import RewriteError, did_you_mean, first_line, named_line
 
 from .bounds import bounded_by, check_folder
 from .compat import import_mended, mended, why_import_fails
+from .noted import WEIGHTS, built, is_noted, read_note
 from .paths import is_folder, is_there, refuse_compressed, refuse_special
 from .pickles import current_folder_importable, load_module
 from .soundness import check_sound
@@ -43,11 +44,11 @@ def read_model(spec: str, *, weights: Path | None = None, trust: bool = False) -
     """Build or load the model that `spec` names, on the CPU.
 
     Args:
-        spec: a file holding a whole module, a folder with `config.json` and weights (also `hf:FOLDER`),
+        spec: a file holding a whole module, a folder with `config.json` (or `rewrite.json`) and weights (also `hf:FOLDER`),
             `timm:NAME` (random weights), or `package.module:factory`, called without arguments; the current folder
             is importable for the last.
         weights: a state_dict, saved by torch or as safetensors, that must fit the model exactly.
-        trust: run the code of a pickle, or that which a transformers folder brings along.
+        trust: run the code of a pickle, of a class that a `rewrite.json` names, or that of a transformers folder.
 
     Raises:
         RewriteError: the model cannot be had; one line says why. A `.pt2` is no module: see `rewrite.load`.
@@ -93,13 +94,13 @@ def _library(name: str) -> Any:
         raise RewriteError(f"{name} cannot be imported: {why_import_fails(error)}") from None
 
 
-def _create_timm(name: str) -> nn.Module:
+def _create_timm(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     timm = _library("timm")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise RewriteError(f"timm has no model {name!r}{did_you_mean(architecture, timm.list_models())}")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False)
+        model: nn.Module = timm.create_model(name, pretrained=False, **(arguments or {}))
     except Exception as error:
         raise RewriteError(f"timm cannot build {name}: {first_line(error)}") from None
     return model
@@ -108,6 +109,8 @@ def _create_timm(name: str) -> nn.Module:
 def _load_folder(folder: Path, trust: bool) -> nn.Module:
     if not is_folder(folder):
         raise RewriteError(f"there is no folder {folder}")
+    if is_noted(folder):
+        return _load_noted(folder, trust)
     if not (folder / "config.json").is_file():
         raise RewriteError(f"{folder} has no config.json: give {FORMS}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
@@ -127,6 +130,30 @@ def _load_folder(folder: Path, trust: bool) -> nn.Module:
     }
     if any(gaps.values()):
         raise RewriteError(f"the weights in {folder} do not fit {type(model).__name__}: {_listed(gaps)}")
+    return model
+
+
+def _load_noted(folder: Path, trust: bool) -> nn.Module:
+    """The model of a folder with a `rewrite.json`, in the dtype of its weights."""
+    noted = read_note(folder)
+    if noted.timm:
+        model = _create_timm(noted.timm, noted.arguments)
+    elif not trust:
+        raise RewriteError(
+            f"{folder} names a class of your own, {noted.model}, whose code would run: allow it with --trust-pickle "
+            f"(trust=True), or name a factory that builds it, with --weights {folder / WEIGHTS}"
+        )
+    else:
+        with current_folder_importable():
+            try:
+                model = mended(lambda: built(noted))
+            except RewriteError:
+                raise
+            except Exception as error:
+                raise RewriteError(f"{noted.model} called as {folder} says raises {_located(error)}") from None
+    floating = (t.dtype for t in _read_state_dict(folder / WEIGHTS).values() if t.is_floating_point())
+    model.to(next(floating, torch.float32))
+    load_weights(model, folder / WEIGHTS)
     return model
 
 

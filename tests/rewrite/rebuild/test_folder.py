@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rewrite
 from rewrite import Program, RewriteError
 from rewrite.rebuild.fit import fit_class
+from rewrite.sources.models import read_model
 from tests.rewrite.cli.running import fresh, run
 
 
@@ -90,6 +91,12 @@ def test_a_class_of_ones_own_by_its_constructor(tmp_path: Path) -> None:
     exec(line.replace(f"from {__name__} import Net, Sizes; ", ""), {"Net": Net, "Sizes": Sizes}, names)
     x = torch.randn(2, 5, 6)
     assert torch.equal(names["model"].eval()(x), program.module.eval()(x))
+    with pytest.raises(RewriteError, match="whose code would run: allow it with --trust-pickle"):
+        read_model(str(tmp_path / "big"))
+    model = read_model(str(tmp_path / "big"), trust=True).model
+    assert torch.equal(model.eval()(x), program.module.eval()(x))
+    again = grown(model, "expand{ffn=+3}")
+    assert fit_class(again).edits == {("sizes", "hidden"): 19}
 
 
 def test_what_no_constructor_says_is_a_program_with_the_reason(tmp_path: Path) -> None:
@@ -171,6 +178,30 @@ def test_heads_or_head_size_is_decided_by_the_outputs() -> None:
     assert edits == {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
 
 
+NOTES: dict[str, tuple[str, str]] = {
+    "no JSON": ("{", "cannot be read: "),
+    "a list": ("[]", "cannot be read: "),
+    "no model": ('{"format": 1, "model": 3, "arguments": {}}', "it names no model"),
+    "a later format": ('{"format": 2}', "is of format 2, this version reads 1"),
+    "a file": ('{"format": 1, "model": "timm:test_vit", "arguments": {"checkpoint_path": "x"}}', "checkpoint_path among"),
+    "no weights": (
+        '{"format": 1, "model": "timm:test_vit", "arguments": {}}',
+        "has a rewrite.json but no model.safetensors",
+    ),
+    "no class": ('{"format": 1, "model": "os:system", "arguments": {"command": "x"}}', "os:system is no class of a model"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_that_are_refused(name: str, tmp_path: Path) -> None:
+    text, words = NOTES[name]
+    (tmp_path / "rewrite.json").write_text(text)
+    if name != "no weights":
+        (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RewriteError, match=words):
+        read_model(str(tmp_path), trust=True)
+
+
 def test_timm_by_name_and_arguments(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("test_vit", img_size=64, num_classes=5)
@@ -181,4 +212,6 @@ def test_timm_by_name_and_arguments(tmp_path: Path) -> None:
     note = json.loads((tmp_path / "big" / "rewrite.json").read_text())
     assert note["model"] == "timm:test_vit"
     assert note["arguments"] == {"num_classes": 5, "img_size": [64, 64], "mlp_ratio": 6}
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(read_model(str(tmp_path / "big")).model.eval()(x), program.module.eval()(x))
     assert sys.modules["timm"] is timm
