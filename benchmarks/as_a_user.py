@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,15 @@ class Kind:
 
     make: Callable[[], nn.Module]
     is_timm: bool = True
+    pixels: int = 64
+    is_seq2seq: bool = False
 
     def data(self) -> Any:
         generator = torch.Generator().manual_seed(1)
         if self.is_timm:
-            return torch.randn(8, 3, 64, 64, generator=generator)
-        return torch.randint(5, VOCAB, (8, TOKENS), generator=generator)
+            return torch.randn(8, 3, self.pixels, self.pixels, generator=generator)
+        tokens = torch.randint(5, VOCAB, (8, TOKENS), generator=generator)
+        return {"input_ids": tokens, "decoder_input_ids": tokens} if self.is_seq2seq else tokens
 
 
 def _timm(name: str, **options: Any) -> Kind:
@@ -97,8 +100,8 @@ KINDS = {
     "opt": _hf("OPTConfig", "OPTForCausalLM", **_SIZES, ffn_dim=4 * SIZE, word_embed_proj_dim=SIZE),
     "llama": _hf("LlamaConfig", "LlamaForCausalLM", **_ENCODER, num_key_value_heads=2),
     "bert": _hf("BertConfig", "BertForMaskedLM", **_ENCODER),
-    "t5": _hf("T5Config", "T5ForConditionalGeneration", **_T5),
-    "eva02": _timm("eva02_tiny_patch14_224", img_size=56, depth=3),
+    "t5": replace(_hf("T5Config", "T5ForConditionalGeneration", **_T5), is_seq2seq=True),
+    "eva02": replace(_timm("eva02_tiny_patch14_224", img_size=56, depth=3), pixels=56),
     "xglm": _hf("XGLMConfig", "XGLMForCausalLM", **_XGLM),
 }
 
@@ -144,7 +147,7 @@ def tried(folder: Path, name: str, text: str, family: str) -> str:
         log.write_text(
             f"$ rewrite {' '.join(words)}\n{result.output}\n{result.exit_code} {taken:.0f} s {result.exception!r}\n"
         )
-    *_, said, end = log.read_text().strip().splitlines()
+    *_, said, end = filter(None, log.read_text().splitlines())
     if end.startswith("2 "):
         return f"refused: {said.removeprefix('error: ')}"
     if not end.startswith("0 "):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -151,7 +151,8 @@ class _Walk:
             order = "peri" if end.norms else "pre"
         else:
             order = "res-post" if end.norms else "inner" if inner else "post" if sums else "none"
-        own = inside | set(carriers) | {addition}
+        beside = _beside(nodes, inside)
+        own = inside | set(beside) | set(carriers) | {addition}
         parts = parts_of(self.program, nodes, {*norms, *end.norms})
         rates = [(n, p) for n, p in stream.dropouts if n in carriers]
         return Branch(
@@ -166,7 +167,7 @@ class _Walk:
             writer=writer,
             output=end.output,
             starts=tuple(starts),
-            nodes=tuple(nodes),
+            nodes=tuple(sorted([*nodes, *beside], key=self.order.__getitem__)),
             carriers=tuple(carriers),
             norms=norms,
             end_norms=end.norms,
@@ -223,6 +224,19 @@ class _End:
     output: Node
     scale: Node | None
     norms: tuple[Node, ...]
+
+
+def _beside(nodes: Sequence[Node], inside: Collection[Node]) -> list[Node]:
+    """Numbers that are made of what lies inside and lead back there alone, with the constants that are made of them: the
+    least number of a dtype, which a mask is filled with."""
+    found = list[Node]()
+    for number in dict.fromkeys(
+        u for n in nodes for u in n.users if u not in inside and u.op != "output" and not _is_data(u)
+    ):
+        made = [u for u in number.users if u not in inside]
+        if number.users and all(u.users and all(v in inside for v in u.users) for u in made):
+            found += [number, *made]
+    return list(dict.fromkeys(found))
 
 
 def _is_data(node: Node) -> bool:

@@ -27,6 +27,8 @@ class ExactArithmetic(TorchDispatchMode):
         args, kwargs = pytree.tree_map(_widen, (args, kwargs or {}))
         if func is aten.native_batch_norm_backward.default:
             args = [arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        if func is aten.full.default and isinstance(args[1], float):
+            kwargs.setdefault("dtype", torch.float64)  # a number alone, such as the least of float64, is no float32 there
         return func(*args, **kwargs)
 
 

@@ -52,8 +52,29 @@ class Block(nn.Module):
         return x + y * torch.sigmoid(a) if self.leaks else x + y
 
 
+class Floored(Attention):
+    """Spelled out, with scores that are at least the least number of their dtype, as XGLM has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = q @ k.mT
+        least = torch.full((), torch.finfo(scores.dtype).min, device=scores.device)
+        return self.out(torch.maximum(scores, least).softmax(-1) @ v)
+
+
 def program_of(*blocks: nn.Module) -> Program:
     return capture(nn.Sequential(nn.Linear(4, DIM), *blocks, nn.LayerNorm(DIM)), (torch.randn(2, 5, 4),))
+
+
+def test_a_number_made_of_a_dtype_is_a_part_of_the_branch() -> None:
+    """It is dropped with it, and in exact arithmetic it is the least number of float64."""
+    blocks = [Block(), Block()]
+    for block in blocks:
+        block.attention = Floored()
+    program = program_of(*blocks)
+    assert not [branch.leaks for branch in branches(program) if branch.leaks]
+    assert apply(program, "drop-attention{layers=0 bound=9}").history[0].changed
+    assert apply(program, "shallow{layers='0-1' bound=9}").history[0].changed
 
 
 def test_the_whole_branch_goes_and_its_parameters_with_it() -> None:
