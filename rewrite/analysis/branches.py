@@ -228,7 +228,8 @@ class _End:
 
 def _beside(nodes: Sequence[Node], inside: Collection[Node]) -> list[Node]:
     """Numbers that are made of what lies inside and lead back there alone, with the constants that are made of them: the
-    least number of a dtype, which a mask is filled with."""
+    least number of a dtype, which a mask is filled with.
+    """
     found = list[Node]()
     for number in dict.fromkeys(
         u for n in nodes for u in n.users if u not in inside and u.op != "output" and not _is_data(u)
