@@ -4,34 +4,43 @@ next trace and for the model's own next call.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import _lru_cache_wrapper
-from typing import Any
+from unittest import mock
 
 from torch import nn
 
 
 @contextmanager
 def forgetting(model: nn.Module) -> Iterator[None]:
-    """What functions in the modules of a model's classes remember is forgotten, before and after."""
-    remembering = list(_remembering(model))
-    for function in remembering:
-        function.cache_clear()
+    """Functions in the modules of a model's classes remember nothing meanwhile; what they hold stays theirs, untouched."""
+    kinds = {kind for part in model.modules() for kind in type(part).__mro__ if kind.__module__ != nn.Module.__module__}
+    names = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
+    spaces = [*kinds, *(sys.modules[name] for name in names if name in sys.modules)]
+    with ExitStack() as stack:
+        for space, name, value in [(s, name, value) for s in spaces for name, value in vars(s).items()]:
+            if isinstance(value, _lru_cache_wrapper):
+                stack.enter_context(mock.patch.object(space, name, value.__wrapped__))
+            for cell in (value.__closure__ or ()) if isinstance(value, types.FunctionType) else ():
+                stack.enter_context(_plain(cell))
+        yield
+
+
+@contextmanager
+def _plain(cell: types.CellType) -> Iterator[None]:
+    """What a function wraps, without its memory."""
+    try:
+        held = cell.cell_contents
+    except ValueError:  # an empty cell
+        held = None
+    if not isinstance(held, _lru_cache_wrapper):
+        yield
+        return
+    cell.cell_contents = held.__wrapped__
     try:
         yield
     finally:
-        for function in remembering:
-            function.cache_clear()
-
-
-def _remembering(model: nn.Module) -> Iterator[_lru_cache_wrapper[Any]]:
-    kinds = {kind for part in model.modules() for kind in type(part).__mro__ if kind.__module__ != nn.Module.__module__}
-    names = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
-    spaces = [vars(kind) for kind in kinds] + [vars(sys.modules[name]) for name in names if name in sys.modules]
-    for value in [value for space in spaces for value in list(space.values())]:
-        cells = inspect.getclosurevars(value).nonlocals.values() if isinstance(value, types.FunctionType) else ()
-        yield from (each for each in (value, *cells) if isinstance(each, _lru_cache_wrapper))
+        cell.cell_contents = held

@@ -50,7 +50,13 @@ def pair(
         {"use_cache": False} if "use_cache" in model.forward.__code__.co_varnames or name in ("gpt2", "llama", "t5") else {}
     )
     with context():
-        return (observe(model, args, {**kwargs, **open_cache}, train=train), observe(module, args, kwargs, train=train))
+        try:
+            expected = observe(model, args, {**kwargs, **open_cache}, train=train)
+        except RuntimeError as error:
+            if "could not create a primitive" in str(error):  # oneDNN's LSTM in bfloat16, without AVX-512
+                pytest.skip(f"this CPU does not run the model itself so: {error}")
+            raise
+        return expected, observe(module, args, kwargs, train=train)
 
 
 MODES = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
