@@ -31,21 +31,14 @@ def inputs_for(model: nn.Module, data: Data | None, *, seed: int = 0) -> Inputs:
             raise
         return _first(model, data)
     call = None if data is None else next(data.calls(BATCH), None)
-    if call is None or not (call.args or call.kwargs):
+    if call is None:
         return args, kwargs
     args, kwargs = _sized(args, kwargs, call)
-    parameters = inspect.signature(model.forward).parameters.values()
-    optional = {p.name for p in parameters if p.default is not p.empty}
-    if call.args:  # of which nobody knows whether they are all: a mask that says nothing may be left out
-        given = {p.name for p in [*parameters][: len(call.args)]}
-        optional = {name for name in optional - given if _says_nothing(kwargs.get(name))}
+    if call.args or not call.kwargs:
+        return args, kwargs
+    optional = {p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty}
     kept = {name: value for name, value in kwargs.items() if name in call.kwargs or name not in optional}
     return (args, kept) if args or kept else (args, kwargs)
-
-
-def _says_nothing(value: Any) -> bool:
-    """Whether an input is a mask of ones."""
-    return isinstance(value, torch.Tensor) and not value.is_floating_point() and bool((value == 1).all())
 
 
 def _sized(args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Inputs:

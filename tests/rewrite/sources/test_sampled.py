@@ -30,7 +30,6 @@ def test_optional_inputs_that_the_data_lacks_are_left_out() -> None:
     assert set(inputs_for(model, None)[1]) == {"input_ids", "attention_mask"}
     assert set(inputs_for(model, Data.of({"input_ids": IDS}))[1]) == {"input_ids"}
     assert set(inputs_for(model, Data.of({"input_ids": IDS, "attention_mask": IDS}))[1]) == {"input_ids", "attention_mask"}
-    assert set(inputs_for(model, Data.of(IDS))[1]) == {"input_ids"}
 
 
 def test_data_tells_the_inputs_of_a_model_that_does_not() -> None:
