@@ -16,10 +16,8 @@ import argparse
 import collections
 import inspect
 import json
-import os
 import platform
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rewrite  # noqa: E402
+from benchmarks.apart import apart  # noqa: E402
 from rewrite.sources.compat import mend_torchvision  # noqa: E402
 from rewrite.sources.inputs import infer_inputs  # noqa: E402
 from rewrite.torch_private import pytree  # noqa: E402
@@ -91,7 +90,7 @@ def run(types: list[str], seconds: int, limit: int) -> None:
     for kind in types:
         if time.monotonic() > end:
             break
-        row = apart(kind, limit)
+        row = row_of(kind, limit)
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{kind:34} {row['seconds']:6.1f} s  {row['outcome']:10} {row['reason']}", flush=True)
@@ -103,22 +102,11 @@ def warm_up() -> None:
     one("llama")
 
 
-def apart(kind: str, limit: int) -> dict[str, Any]:
-    """One type in a forked process, which is ended after ``limit`` seconds."""
+def row_of(kind: str, limit: int) -> dict[str, Any]:
+    """One type in a process of its own, which is ended after ``limit`` seconds of its processor time."""
     began = time.monotonic()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        signal.setitimer(signal.ITIMER_PROF, limit)  # of its own processor time
-        signal.alarm(20 * limit)
-        os.write(writing, json.dumps(one(kind))[:60_000].encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    row = json.loads(text) if text else {"outcome": "late", "reason": f"more than {limit} s, or killed"}
+    found = apart(lambda: [one(kind)], limit)
+    row = found[0] if found else {"outcome": "late", "reason": f"more than {limit} s, or killed"}
     return {"type": kind, "seconds": round(time.monotonic() - began, 1), **row}
 
 

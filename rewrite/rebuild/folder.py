@@ -19,14 +19,13 @@ from rewrite.graph.program import Program
 from rewrite.lowering.compared import disagreement
 from rewrite.sources.compat import import_mended
 from rewrite.sources.models import quiet
+from rewrite.sources.noted import FORMAT, NOTE, WEIGHTS
 
 from .fit import Fitted, fit_class
 from .makers import ByClass, ByConfig, ByName
 
-FORMAT = 1
-_WEIGHTS, _NOTE = "model.safetensors", "rewrite.json"
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe")
-_OWN = ("config.json", "generation_config.json", _NOTE)
+_OWN = ("config.json", "generation_config.json", NOTE)
 _LARGEST = 1 << 28
 
 
@@ -110,12 +109,12 @@ def _whole(error: Exception) -> str:
 def _write_note(fitted: Fitted, maker: ByName | ByClass, made: nn.Module, folder: Path, name: str) -> str:
     from safetensors.torch import save_model
 
-    save_model(made, str(folder / _WEIGHTS))
+    save_model(made, str(folder / WEIGHTS))
     arguments = maker.arguments(fitted.edits)
     target = f"timm:{maker.name}" if isinstance(maker, ByName) else f"{maker.kind.__module__}:{maker.kind.__qualname__}"
-    line = _line(maker, arguments, made, f"{name}/{_WEIGHTS}")
+    line = _line(maker, arguments, made, f"{name}/{WEIGHTS}")
     note = {"format": FORMAT, "model": target, "arguments": _as_json(arguments), "python": line}
-    (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return f"{maker.kind.__name__}; in Python: {line}"
 
 
@@ -186,7 +185,7 @@ def _read_note(fitted: Fitted, maker: ByName | ByClass, folder: Path, made: nn.M
 
     try:
         model = maker.build(fitted.edits).to(_dtype(made))
-        load_model(model, str(folder / _WEIGHTS))
+        load_model(model, str(folder / WEIGHTS))
     except Exception as error:  # whatever the class says of these arguments
         raise RewriteError(f"its own class cannot read it back: {named_line(error)}") from error
     return model

@@ -18,8 +18,9 @@ from torch import nn
 
 from rewrite.errors import RewriteError, first_line
 
+FORMAT = 1
 NOTE, WEIGHTS = "rewrite.json", "model.safetensors"
-_FORMAT, _LARGEST = 1, 1 << 20
+_LARGEST = 1 << 20
 _FETCHING = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"}
 )
@@ -50,8 +51,8 @@ def read_note(folder: Path) -> Noted:
         if place.stat().st_size > _LARGEST:
             raise ValueError("it is too large")
         note = json.loads(place.read_text(encoding="utf-8"))
-        if note["format"] != _FORMAT:
-            raise RewriteError(f"{place} is of format {note['format']!r}, this version reads {_FORMAT}")
+        if note["format"] != FORMAT:
+            raise RewriteError(f"{place} is of format {note['format']!r}, this version reads {FORMAT}")
         model, arguments = note["model"], note["arguments"]
         if not isinstance(model, str) or ":" not in model or not isinstance(arguments, dict):
             raise ValueError("it names no model")
