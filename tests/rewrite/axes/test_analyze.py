@@ -361,7 +361,7 @@ def test_an_operator_of_ones_own_is_rigid_by_name_or_has_a_rule(monkeypatch: pyt
         check(Editor(program.clone(), "check"))
 
 
-QUICK = ("falcon", "mixtral", "t5")
+QUICK = ("falcon", "gpt2", "llama", "mixtral", "t5")
 ALL = [*zoo.transformers_cases(), *zoo.timm_cases()]
 MODELS = [case for case in ALL if case.name in QUICK or os.environ.get("REWRITE_ZOO")]
 
