@@ -1,6 +1,6 @@
-"""Passes on small models of eight kinds, and two that no test names, as a new user runs them: by the command line alone.
+"""Passes on small models of ten kinds, and two that no test names, as a new user runs them: by the command line alone.
 
-    python benchmarks/as_a_user.py depth|memory [--models vit,gpt2,...] [--passes NAME,...] [--folder build/as-a-user]
+    python benchmarks/as_a_user.py depth|memory|normalization [--models vit,gpt2,...] [--passes NAME,...] [--folder FOLDER]
 
 Models lie in the folder as their libraries write them: timm's pickled, transformers' by `save_pretrained`. Each cell is one
 `rewrite apply` in this process (a model is captured once), its output kept beside the model: `applied` where it wrote a file
@@ -60,6 +60,39 @@ DEPTH = (
     "random-ltd",
 )
 MEMORY = ("fit-memory{budget=0.25}",)
+NORMALIZATION = (
+    "rmsnorm",
+    "rmsnorm{centering=keep}",
+    "rmsnorm{compressed=true}",
+    "rmsnorm{centering=keep},layernorm",
+    "layernorm{mode=swap}",
+    "scalenorm",
+    "fold-affine",
+    "fold-batchnorm",
+    "rmsnorm{centering=keep},fold-affine,defer-norm",
+    "dyt{calibrate=lsq}",
+    "derf{calibrate=lsq}",
+    "eln{calibrate=formula}",
+    "unified-norm",
+    "power-norm,merge-norms",
+    "rep-batchnorm",
+    "peri-ln{calibrate=rms}",
+    "norm-scaling",
+    "gpas",
+    "normformer",
+    "deepnorm",
+    "dual-patchnorm",
+    "rezero",
+    "layerscale",
+    "norm-free{activation=relu}",
+    "weight-standardization",
+    "ghost-batchnorm",
+    "batch-channel-norm",
+    "instance-batch-norm",
+    "online-norm",
+    "evonorm",
+)
+FAMILIES = {"depth": DEPTH, "memory": MEMORY, "normalization": NORMALIZATION}
 
 
 @dataclass(frozen=True)
@@ -92,13 +125,16 @@ _SIZES = {"hidden_size": SIZE, "num_hidden_layers": 3, "num_attention_heads": 4}
 _ENCODER = {**_SIZES, "intermediate_size": 4 * SIZE}
 _XGLM = {"d_model": SIZE, "ffn_dim": 4 * SIZE, "num_layers": 3, "attention_heads": 4, "pad_token_id": 1}
 _T5 = {"d_model": SIZE, "d_ff": 4 * SIZE, "d_kv": 16, "num_heads": 4, "num_layers": 3, "decoder_start_token_id": 0}
+_SWIN = {"img_size": 56, "window_size": 7, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 KINDS = {
     "vit": _timm("vit_tiny_patch16_224", img_size=64, depth=3),
     "convnext": _timm("convnext_atto"),
     "resnet": _timm("resnet18"),
+    "swin": replace(_timm("swin_tiny_patch4_window7_224", **_SWIN), pixels=56),
     "gpt2": _hf("GPT2Config", "GPT2LMHeadModel", n_embd=SIZE, n_layer=3, n_head=4, n_positions=64),
     "opt": _hf("OPTConfig", "OPTForCausalLM", **_SIZES, ffn_dim=4 * SIZE, word_embed_proj_dim=SIZE),
     "llama": _hf("LlamaConfig", "LlamaForCausalLM", **_ENCODER, num_key_value_heads=2),
+    "gpt_neox": _hf("GPTNeoXConfig", "GPTNeoXForCausalLM", **_ENCODER),
     "bert": _hf("BertConfig", "BertForMaskedLM", **_ENCODER),
     "t5": replace(_hf("T5Config", "T5ForConditionalGeneration", **_T5), is_seq2seq=True),
     "eva02": replace(_timm("eva02_tiny_patch14_224", img_size=56, depth=3), pixels=56),
@@ -108,7 +144,7 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=("depth", "memory"))
+    parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--models", default=",".join(KINDS))
     parser.add_argument("--passes", default="", help="those whose text has one of these")
     parser.add_argument("--folder", type=Path, default=Path("build/as-a-user"))
@@ -116,8 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     options.folder.mkdir(parents=True, exist_ok=True)
-    every = DEPTH if options.family == "depth" else MEMORY
-    chosen = [text for text in every if any(part in text for part in options.passes.split(","))]
+    chosen = [text for text in FAMILIES[options.family] if any(part in text for part in options.passes.split(","))]
     names = options.models.split(",")
     print(f"| pass | {' | '.join(names)} |\n| --- {'| --- ' * len(names)}|", flush=True)
     notes: dict[str, None] = {}
@@ -155,7 +190,7 @@ def tried(folder: Path, name: str, text: str, family: str) -> str:
     if not out.exists():
         return f"unchanged: {_reasons(log.read_text())}"
     try:
-        return runs(out) if family == "depth" else figures(out, source)
+        return figures(out, source) if family == "memory" else runs(out)
     except Exception as error:  # whatever it is, it is a fault of ours
         return f"FAULT: what was written: {error!r}"
 
