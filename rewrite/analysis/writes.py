@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 from torch.fx import Graph, Node
 
+from rewrite.graph.fakes import expression_of
 from rewrite.graph.layers import ModalOperator, TransposedLinear
 from rewrite.graph.nodes import attribute, mutated_arguments, overload
 from rewrite.graph.regions import Region
@@ -113,8 +114,9 @@ def _aliasing(operator: OpOverload) -> tuple[tuple[int, str], ...]:
 
 
 def _same_shape(a: Node, b: Node) -> bool:
-    x, y = a.meta.get("val"), b.meta.get("val")
-    return getattr(x, "shape", None) == getattr(y, "shape", ())
+    """Whether two values always have one shape: expressions are compared, since sizes compared as such are evaluated."""
+    x, y = (tuple(map(expression_of, getattr(node.meta.get("val"), "shape", [node]))) for node in (a, b))
+    return x == y
 
 
 def _written(module: nn.Module, node: Node) -> list[Node]:

@@ -86,7 +86,7 @@ class Model:
             args, kwargs = parse_inputs(self.inputs, seed=self.seed, model=model)
         else:
             args, kwargs = inputs_for(model, data, seed=self.seed)
-        listener(f"capturing {type(model).__name__}")
+        listener(f"capturing {type(model).__name__}{' with ' if kwargs else ''}{', '.join(kwargs)}")
         hint = unlike(model, args, kwargs)
         try:
             program = capture(model, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,13 +74,12 @@ class Journal:
         meta.PROVENANCE.set(node, (*meta.PROVENANCE.of(node), mark))
 
     def _tensor(self, path: str) -> torch.Tensor:
-        found = attribute(self.program.module, path)
-        for change in self.changes:  # or one that a layer held which was replaced
-            if not isinstance(found, torch.Tensor) and change.old is not None and path.startswith(f"{change.path}."):
-                found = attribute(change.old, path.removeprefix(f"{change.path}."))
-        if not isinstance(found, torch.Tensor):
-            raise RewriteError(f"there is no parameter or buffer {path}")
-        return found
+        replaced = ((c.path, c.old) for c in self.changes if c.old is not None and path.startswith(f"{c.path}."))
+        held = (attribute(old, path.removeprefix(f"{own}.")) for own, old in replaced)
+        for found in itertools.chain([attribute(self.program.module, path)], held):  # or one that a replaced layer held
+            if isinstance(found, torch.Tensor):
+                return found
+        raise RewriteError(f"there is no parameter or buffer {path}")
 
     def _beside(self, path: str) -> str:
         while True:

@@ -20,9 +20,9 @@ def inputs_for(model: nn.Module, data: Data | None, *, seed: int = 0) -> Inputs:
     """What `infer_inputs` infers, without optional arguments that the data lacks; where nothing can be inferred, the
     data's first samples.
 
-    A language model that is given token ids alone so is captured without a mask, and a model of images for their size in
-    the data. Raises RewriteError as `infer_inputs`
-    does where there is no data, and for data that cannot be read.
+    Tensors without names are the first arguments. A language model that is given token ids alone so is captured without a
+    mask, and a model of images for their size in the data. Raises RewriteError as `infer_inputs` does where there is no
+    data, and for data that cannot be read.
     """
     try:
         args, kwargs = infer_inputs(model, seed=seed)
@@ -34,10 +34,10 @@ def inputs_for(model: nn.Module, data: Data | None, *, seed: int = 0) -> Inputs:
     if call is None:
         return args, kwargs
     args, kwargs = _sized(args, kwargs, call)
-    if call.args or not call.kwargs:
-        return args, kwargs
-    optional = {p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty}
-    kept = {name: value for name, value in kwargs.items() if name in call.kwargs or name not in optional}
+    parameters = inspect.signature(model.forward).parameters
+    given = {*list(parameters)[: len(call.args)], *call.kwargs}
+    optional = {name for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+    kept = {name: value for name, value in kwargs.items() if name in given or name not in optional}
     return (args, kept) if args or kept else (args, kwargs)
 
 

@@ -29,6 +29,7 @@ def test_optional_inputs_that_the_data_lacks_are_left_out() -> None:
     model = zoo.transformers_case("gpt2").build()
     assert set(inputs_for(model, None)[1]) == {"input_ids", "attention_mask"}
     assert set(inputs_for(model, Data.of({"input_ids": IDS}))[1]) == {"input_ids"}
+    assert set(inputs_for(model, Data.of(IDS))[1]) == {"input_ids"}, "without a name it is the first argument"
     assert set(inputs_for(model, Data.of({"input_ids": IDS, "attention_mask": IDS}))[1]) == {"input_ids", "attention_mask"}
 
 
