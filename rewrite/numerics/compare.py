@@ -29,7 +29,7 @@ MODES: tuple[Mode, ...] = ("eval", "train")
 TOLERANCE = 1e-10
 """The largest relative error, in exact arithmetic, of what is called the same."""
 EXTREME = 6e4
-"""Values from here on are compared apart where all others are a thousand times smaller: float16 masks with -65504."""
+"""Values from here on may be a mask's, as float16's -65504: see ``relative_error``."""
 FLOOR = 1e-3
 """A gradient counts relative to its own size, or to this share of the largest gradient where that is more."""
 
@@ -284,7 +284,8 @@ def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """max|a - b| / max|a|; infinities and NaNs must stand at the same places.
 
-    Extreme values, such as a mask's ``finfo.min``, are compared apart: beside them every other error would be nothing.
+    Extreme values, such as a mask's ``finfo.min``, are compared apart: beside them every other error would be nothing. They
+    are of one size, a thousand times that of all others; what explodes in a deep network is of every size, and is not.
     """
     if a.shape != b.shape:
         return float("inf")
@@ -304,12 +305,20 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     size, gap = a.abs(), (a - b).abs()
     if not bool(torch.isfinite(gap).all()):
         return float("inf")
-    extreme = size >= EXTREME
-    scale, rest = float(size.max()), float(torch.where(extreme, 0, size).max())
-    if scale >= EXTREME and rest < EXTREME / 1000:
-        apart = float(torch.where(extreme, 0, gap).max()) / (rest or 1.0)
-        return max(float(torch.where(extreme, gap, 0).max()) / scale, apart)
-    return float(gap.max()) if scale == 0 else float(gap.max()) / scale
+    return _measured(size, gap)
+
+
+def _measured(size: torch.Tensor, gap: torch.Tensor) -> float:
+    """The largest gap relative to the largest size; beside extreme values, also that of the others relative to theirs."""
+    scale = float(size.max())
+    plain = float(gap.max()) / (scale or 1.0)
+    if scale < EXTREME:
+        return plain
+    top = size >= scale / 2
+    others = torch.where(top, 0, size)
+    if bool(top.all()) or float(others.max()) > scale / 1000:
+        return plain
+    return max(float(torch.where(top, gap, 0).max()) / scale, _measured(others, torch.where(top, 0, gap)))
 
 
 def _infinities(value: torch.Tensor) -> torch.Tensor:

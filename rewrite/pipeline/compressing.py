@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rewrite.analysis.linears import Linear
 from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.streams import Stream
-from rewrite.analysis.writers import Written
+from rewrite.analysis.writers import Written, named
 from rewrite.axes.analyze import analyze
 from rewrite.axes.resize import note_values, resize
+from rewrite.graph.nodes import attribute
+from rewrite.proof.judge import SLACK
 
-from .folding import NormReaders, change_weights, fold_affine
+from .folding import NormReaders, change_weights, flat, fold_affine
 
 if TYPE_CHECKING:
     from rewrite.axes.dims import Dim
@@ -94,9 +97,30 @@ class Compressing:
                 return f"{norm.path} is called more than once"
             if reason := readers.obstacle(norm.node, shifted=norm.bias is not None):
                 return f"{norm.path} keeps its weight: {reason}"
-            held.update(rows.path for linear in readers.linears(norm.node) for rows in linear.weight)
+            linears = readers.linears(norm.node)
+            if reason := next(filter(None, (self._rounding(norm, linear) for linear in linears)), ""):
+                return reason
+            held.update(rows.path for linear in linears for rows in linear.weight)
         extra = next((p.path for p in self.table.places_of(dim) if p.path not in baked | held), None)
         return f"{extra} lies along the same dimension, and is neither written to the stream nor reads it" if extra else ""
+
+    def _rounding(self, norm: Norm, linear: Linear) -> str:
+        """Why a linear map would round too much without the last unit; empty if it does not.
+
+        A row w reads units of one size, each rounded by itself: with the error of |w|, and then with that of |w - w_last|.
+        """
+        weight = _weight(self.program, linear)
+        if weight.is_meta:
+            return ""
+        gain = 1.0 if norm.weight_path is None else flat(attribute(self.program.module, norm.weight_path), norm.offset)
+        weight = (weight * gain).detach().double()
+        before, after = (float(w.norm(dim=1).max()) for w in (weight, _without_last(weight)))
+        if after <= SLACK * before:
+            return ""
+        return (
+            f"{named(linear.node)} reads the last unit by itself: as minus the sum of the others it would be rounded "
+            f"{after / before:.0f} times as much"
+        )
 
     def _compress(self, group: Sequence[Pair]) -> None:
         edit = self.context.edit
@@ -120,6 +144,12 @@ def _dim_of(norm: Norm, table: Table) -> Dim:
     """The dimension that a norm normalizes."""
     found: Dim = table.values[norm.node][norm.channel_axis].root()
     return found
+
+
+def _weight(program: Program, linear: Linear) -> torch.Tensor:
+    """W [out_features, in_features] of a linear map."""
+    tensors = ((rows, attribute(program.module, rows.path)) for rows in linear.weight)
+    return torch.cat([(t if linear.layout == "out_in" else t.t())[rows.start : rows.stop] for rows, t in tensors])
 
 
 def _without_last(weight: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,18 @@ class Shared(nn.Module):
         return self.head(self.norm(self.embed(x)))
 
 
+class LastUnit(nn.Module):
+    """A head that reads each unit by itself, as some projections start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(4, 32), nn.LayerNorm(32), nn.Linear(32, 32)
+        nn.init.eye_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(x)))
+
+
 def rows(width: int = 4) -> Tensor:
     return torch.randn(2, 5, width)
 
@@ -144,6 +156,7 @@ MODELS: dict[str, Made] = {
     "largest": (Largest, rows),
     "pooled": (functools.partial(Pooled, nn.RMSNorm(DIM, 1e-6, elementwise_affine=False)), rows),
     "shared": (Shared, functools.partial(rows, DIM)),
+    "last unit": (LastUnit, rows),
 }
 
 
@@ -178,6 +191,7 @@ REFUSALS = [
     Refusal("rmsnorm{compressed=true}", "embedding norm", "norm", "first writes to it, which is no linear layer"),
     Refusal("rmsnorm{compressed=true}", "pre", "2", "keeps its weight: the model's output reads it"),
     Refusal("rmsnorm{compressed=true where=1.norm}", "pre", "1.norm", "2 normalizes the same dimension, and is not to be"),
+    Refusal("rmsnorm{compressed=true}", "last unit", "norm", "the others it would be rounded 6 times as much"),
     Refusal("layernorm", "rms", "1", "0 writes to the stream with a mean; mode=swap replaces it all the same"),
     Refusal("layernorm", "rms, no eps", "1", "no eps of its own"),
     Refusal("dyt,layernorm", "pre", "2", "a DynamicTanh is another function; mode=swap puts a LayerNorm in its place"),

@@ -156,6 +156,20 @@ def test_extreme_values_hide_nothing(dtype: torch.dtype) -> None:
     assert relative_error(mask, mask + torch.tensor([1e-3, 0.0], dtype=torch.float64)) == pytest.approx(1e-3)
 
 
+def test_masks_of_two_sizes_hide_nothing() -> None:
+    values = torch.tensor([1.0, 100.0, -1e9, torch.finfo(torch.float32).min], dtype=torch.float64)
+    for place, error in ((1, 0.5), (2, 0.25), (3, 0.125)):
+        wrong = values.clone()
+        wrong[place] *= 1 + error
+        assert relative_error(values, wrong) == pytest.approx(error)
+
+
+def test_what_explodes_is_no_mask() -> None:
+    """Large values of every size, and ReLU's zeros: one that rounding puts on the other side of the kink is near."""
+    values = torch.tensor([0.0, 2e5, 3e6, 4e7, 7e8], dtype=torch.float64)
+    assert relative_error(values, values + torch.tensor([7e5, 0, 0, 0, 0])) == pytest.approx(1e-3)
+
+
 def test_a_gradient_that_is_rounding_alone_counts_by_the_largest() -> None:
     """As for a key's bias, zero but for rounding; one that is wrong by its own size still counts where it matters."""
     large, tiny = torch.ones(3), torch.full((3,), 1e-18)
