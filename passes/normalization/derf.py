@@ -19,19 +19,8 @@ from rewrite.pipeline.pointwise import Pointwise
 class DynamicErf(PointwiseLayer):
     """y = weight * erf(alpha * x + shift) + bias, element by element; alpha and shift are one trained number each."""
 
-    def __init__(
-        self,
-        alpha: torch.Tensor,
-        shift: torch.Tensor,
-        weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        normalized_shape: tuple[int, ...],
-        channel_axis: int = -1,
-        eps: float | None = None,
-    ) -> None:
-        super().__init__(weight, bias, normalized_shape, channel_axis, eps)
-        self.alpha = nn.Parameter(alpha)
-        self.shift = nn.Parameter(shift)
+    alpha: nn.Parameter
+    shift: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.affine(torch.erf(self.alpha * x + self.shift))
@@ -58,7 +47,7 @@ class Derf(Pointwise):
 
     def layer_for(self, norm: Norm, alpha: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> DynamicErf:
         """The layer that replaces a norm."""
-        return DynamicErf(number(alpha, norm), number(0.0, norm), weight, bias, *place_of(norm))
+        return DynamicErf(weight, bias, *place_of(norm), alpha=number(alpha, norm), shift=number(0.0, norm))
 
     def value(self, new: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """2/√π times the integral of e^(-t²) from 0 to u = alpha x + shift."""

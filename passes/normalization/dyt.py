@@ -18,21 +18,10 @@ from rewrite.pipeline.pointwise import Pointwise
 class DynamicTanh(PointwiseLayer):
     """y = weight * tanh(alpha * x) + bias, element by element; alpha is one trained number.
 
-    ``weight`` and ``bias`` have the norm's ``normalized_shape`` (or are None) and stand along the last axes of x, or
-    along ``channel_axis`` 1 of a channels-first map [N, C, ...]. ``eps`` is the replaced norm's, unused.
+    As of every layer here, ``weight`` and ``bias`` are the norm's, or None.
     """
 
-    def __init__(
-        self,
-        alpha: torch.Tensor,
-        weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        normalized_shape: tuple[int, ...],
-        channel_axis: int = -1,
-        eps: float | None = None,
-    ) -> None:
-        super().__init__(weight, bias, normalized_shape, channel_axis, eps)
-        self.alpha = nn.Parameter(alpha)
+    alpha: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.affine(torch.tanh(self.alpha * x))
@@ -67,7 +56,7 @@ class DyT(Pointwise):
 
     def layer_for(self, norm: Norm, alpha: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> DynamicTanh:
         """The layer that replaces a norm."""
-        return DynamicTanh(number(alpha, norm), weight, bias, *place_of(norm))
+        return DynamicTanh(weight, bias, *place_of(norm), alpha=number(alpha, norm))
 
     def value(self, new: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """(1 - e^(-2u)) / (1 + e^(-2u)) with u = alpha x, odd in u."""

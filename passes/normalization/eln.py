@@ -25,32 +25,16 @@ class ElementwiseNorm(PointwiseLayer):
     beta and center are one trained number each. ``top`` is √(C - 1), or √C for ``rms``: what |y| is bounded by.
     """
 
+    beta: nn.Parameter
     center: nn.Parameter | None
 
-    def __init__(
-        self,
-        beta: torch.Tensor,
-        form: Form,
-        weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        normalized_shape: tuple[int, ...],
-        channel_axis: int = -1,
-        eps: float | None = None,
-    ) -> None:
-        super().__init__(weight, bias, normalized_shape, channel_axis, eps)
-        self.beta = nn.Parameter(beta)
-        self.register_parameter("center", nn.Parameter(torch.zeros_like(beta)) if form == "layer" else None)
-        self.top = top_of(normalized_shape, form)
+    @property
+    def top(self) -> float:
+        return math.sqrt(max(math.prod(self.normalized_shape) - (self.center is not None), 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = x if self.center is None else x - self.center
         return self.affine(self.top * z / (self.beta + z.square()).sqrt())
-
-
-def top_of(shape: tuple[int, ...], form: Form) -> float:
-    """√(C - 1), or √C for ``rms``."""
-    channels = math.prod(shape)
-    return math.sqrt(max(channels - 1, 1) if form == "layer" else channels)
 
 
 @dataclass(frozen=True)
@@ -79,13 +63,17 @@ class ELN(Pointwise):
 
     def layer_for(self, norm: Norm, alpha: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> ElementwiseNorm:
         """The layer that replaces a norm."""
-        beta = math.prod(norm.shape) / alpha**2
-        return ElementwiseNorm(number(beta, norm), self.form, weight, bias, *place_of(norm))
+        return self._layer(norm, math.prod(norm.shape) / alpha**2, weight, bias)
 
     def fitted_layer(self, norm: Norm, fit: Fit, weight: nn.Parameter, bias: nn.Parameter | None) -> ElementwiseNorm:
         """The layer with beta = 1 / scale²; the fit's weight has what the layer multiplies by itself."""
-        own = nn.Parameter(weight.detach() / top_of(norm.shape, self.form), weight.requires_grad)
-        return ElementwiseNorm(number(fit.scale**-2, norm), self.form, own, bias, *place_of(norm))
+        made = self._layer(norm, fit.scale**-2, None, bias)
+        made.weight = nn.Parameter(weight.detach() / made.top, weight.requires_grad)
+        return made
+
+    def _layer(self, norm: Norm, beta: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> ElementwiseNorm:
+        center = number(0.0, norm) if self.form == "layer" else None
+        return ElementwiseNorm(weight, bias, *place_of(norm), beta=number(beta, norm), center=center)
 
     def value(self, new: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """√(C - 1) or √C times the sine of the angle whose tangent is z / √beta."""

@@ -13,12 +13,14 @@ from rewrite.analysis.sites import Site, sites
 from rewrite.analysis.uses import Uses
 from rewrite.analysis.writers import along, named
 from rewrite.graph.nodes import aten, packet
+from rewrite.pipeline.folding import fold_statistics
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import SAME, Contract
 from rewrite.torch_private import _BatchNorm
 
 if TYPE_CHECKING:
+    from rewrite.graph.edit import Editor
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
 
@@ -55,17 +57,8 @@ class FoldBatchNorm(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         uses = Uses(program)
-        folded = 0
-        for site in context.choose(sites(program, _BatchNorm), self.where):
-            found = _place(site, uses)
-            if isinstance(found, str):
-                context.skip(site.path, found)
-                continue
-            _fold(site, found, context)
-            folded += 1
-        context.edit.sweep()
-        if folded:
-            context.warn(f"{folded} norms no longer take statistics in training: fold a model that is trained")
+        chosen = context.choose(sites(program, _BatchNorm), self.where)
+        fold_statistics(chosen, lambda site: _fold(site, _place(site, uses), context.edit), context)
 
 
 def _place(site: Site, uses: Uses) -> Place | str:
@@ -105,8 +98,11 @@ def _pads(layer: Any) -> bool:
     return getattr(layer, "groups", 1) != 1 or any(size not in (0, "valid") for size in sizes)
 
 
-def _fold(site: Site, place: Place, context: Context) -> None:
-    edit, path, norm = context.edit, str(place.node.target), site.path
+def _fold(site: Site, place: Place | str, edit: Editor) -> str:
+    """Fold a norm, or say why it stays."""
+    if isinstance(place, str):
+        return place
+    path, norm = str(place.node.target), site.path
     affine = [f"{norm}.{name}" for name in ("weight", "bias") if getattr(site.layer, name) is not None]
     sources = [f"{norm}.running_mean", f"{norm}.running_var", *affine]
     layer: Any = edit.program.layer(place.node)
@@ -114,8 +110,7 @@ def _fold(site: Site, place: Place, context: Context) -> None:
     bias = [f"{path}.bias"] if layer.bias is not None else []
     edit.set_parameter(f"{path}.bias", fold.bias, f"{path}.weight", *sources, *bias)  # of the weight that is not folded yet
     edit.set_parameter(f"{path}.weight", fold.weight, f"{path}.weight", *sources)
-    edit.rewire(site.node, site.node.all_input_nodes[0])
-    edit.remove_unused([site.node], norm, f"folded into {path}")
+    return ""
 
 
 @dataclass(frozen=True)

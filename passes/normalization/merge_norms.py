@@ -9,12 +9,13 @@ import torch
 
 from rewrite.analysis.running_norm import RunningNorm
 from rewrite.analysis.sites import Site, sites
-from rewrite.pipeline.folding import NormReaders, fold_gain, fold_shift
+from rewrite.pipeline.folding import NormReaders, fold_gain, fold_shift, fold_statistics
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import SAME, Contract
 
 if TYPE_CHECKING:
+    from rewrite.graph.edit import Editor
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
 
@@ -40,17 +41,9 @@ class MergeNorms(Pass):
         return Contract(forward=SAME, backward=SAME, evaluation_only=True)
 
     def run(self, program: Program, context: Context) -> None:
-        found, merged = NormReaders(program), 0
-        for site in context.choose(sites(program, RunningNorm), self.where):
-            reason = _obstacle(site, found)
-            if reason:
-                context.skip(site.path, reason)
-                continue
-            _merge(site, found, context)
-            merged += 1
-        context.edit.sweep()
-        if merged:
-            context.warn(f"{merged} norms no longer take statistics in training: merge a model that is trained")
+        found = NormReaders(program)
+        chosen = context.choose(sites(program, RunningNorm), self.where)
+        fold_statistics(chosen, lambda site: _obstacle(site, found) or _merge(site, found, context.edit), context)
 
 
 def _obstacle(site: Site, found: NormReaders) -> str:
@@ -61,15 +54,14 @@ def _obstacle(site: Site, found: NormReaders) -> str:
     return found.obstacle(site.node, shifted=_Shift.of(site.layer) is not None)
 
 
-def _merge(site: Site, found: NormReaders, context: Context) -> None:
+def _merge(site: Site, found: NormReaders, edit: Editor) -> str:
     layer: RunningNorm = site.layer
     linears, names = found.linears(site.node), [f"{site.path}.{name}" for name in layer.sources()]
     shift = _Shift.of(layer)
     if shift is not None:
-        fold_shift(context.edit, linears, shift, *names)
-    fold_gain(context.edit, linears, _Gain(type(layer), layer.eps), *names)
-    context.edit.rewire(site.node, site.node.all_input_nodes[0])
-    context.edit.remove_unused([site.node], site.path, "folded into what reads it")
+        fold_shift(edit, linears, shift, *names)
+    fold_gain(edit, linears, _Gain(type(layer), layer.eps), *names)
+    return ""
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,7 @@ if TYPE_CHECKING:
 class ScaleNorm(AffineLayer):
     """y = weight * scale · x / √(Σ x² + C eps) + bias over the C channels; scale is one trained number."""
 
-    def __init__(
-        self,
-        scale: torch.Tensor,
-        weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        normalized_shape: tuple[int, ...],
-        channel_axis: int = -1,
-        eps: float | None = None,
-    ) -> None:
-        super().__init__(weight, bias, normalized_shape, channel_axis, eps)
-        self.scale = nn.Parameter(scale)
+    scale: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         axes = (1,) if self.channel_axis != -1 else tuple(range(-len(self.normalized_shape), 0))
@@ -63,7 +53,7 @@ class ScaleNormPass(Replacing):
 
     def layer_for(self, place: Norm) -> ScaleNorm:
         scale = number(math.sqrt(math.prod(place.shape)), place)
-        return ScaleNorm(scale, place.weight, place.bias, *place_of(place))
+        return ScaleNorm(place.weight, place.bias, *place_of(place), scale=scale)
 
     def reference(self, old: nn.Module | None, new: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """g u with u = x / √(‖x‖² + C eps), channels moved to the end and back."""

@@ -12,8 +12,8 @@ class AffineLayer(nn.Module):
     """y = weight * f(x) + bias, for an f with trained numbers of its own.
 
     ``weight`` and ``bias`` have the norm's ``normalized_shape`` (or are None) and stand along the last axes of x, or
-    along ``channel_axis`` 1 of a channels-first map [N, C, ...]. ``eps`` is the replaced norm's, unused, for code that
-    reads it.
+    along ``channel_axis`` 1 of a channels-first map [N, C, ...]. ``eps`` is the replaced norm's, for code that reads it.
+    ``numbers`` are the trained ones of f, each by its name; None where f goes without.
     """
 
     weight: nn.Parameter | None
@@ -26,10 +26,13 @@ class AffineLayer(nn.Module):
         normalized_shape: tuple[int, ...],
         channel_axis: int = -1,
         eps: float | None = None,
+        **numbers: torch.Tensor | None,
     ) -> None:
         super().__init__()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
+        for name, value in numbers.items():
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.normalized_shape = normalized_shape
         self.channel_axis = channel_axis
         self.eps = eps

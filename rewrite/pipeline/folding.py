@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,11 @@ from rewrite.analysis.writers import named
 from rewrite.graph.nodes import attribute
 
 if TYPE_CHECKING:
+    from rewrite.analysis.sites import Site
     from rewrite.graph.edit import Editor
     from rewrite.graph.program import Program
+
+    from .context import Context
 
 Vector = Callable[..., torch.Tensor]
 """From tensors of the model to one number a channel."""
@@ -129,6 +132,21 @@ def fold_affine(edit: Editor, norm: Norm, linears: Sequence[Linear]) -> None:
         fold_shift(edit, linears, flat, norm.bias_path)
     if norm.weight_path is not None:
         fold_gain(edit, linears, functools.partial(flat, offset=norm.offset), norm.weight_path)
+
+
+def fold_statistics(found: Iterable[Site], fold: Callable[[Site], str], context: Context) -> None:
+    """Fold norms by running statistics, each by ``fold``, which says why one stays; what training loses is said."""
+    folded = 0
+    for site in found:
+        if reason := fold(site):
+            context.skip(site.path, reason)
+            continue
+        context.edit.rewire(site.node, site.node.all_input_nodes[0])
+        context.edit.remove_unused([site.node], site.path, "folded into the layer beside it")
+        folded += 1
+    context.edit.sweep()
+    if folded:
+        context.warn(f"{folded} norms no longer take statistics in training: fold a model that is trained")
 
 
 def flat(tensor: torch.Tensor, offset: float = 0.0) -> torch.Tensor:

@@ -36,7 +36,7 @@ def test_formula_by_hand() -> None:
 
 
 def test_reference_is_the_formula_with_its_gradient() -> None:
-    layer = DynamicErf(torch.full((1,), 0.9), torch.full((1,), 0.2), None, None, (5,))
+    layer = DynamicErf(None, None, (5,), alpha=torch.full((1,), 0.9), shift=torch.full((1,), 0.2))
     u = torch.tensor([-9.0, -1e-9, 0.0, 0.3, 40.0], dtype=torch.float64, requires_grad=True)
     y = Derf().reference(None, layer.double(), u)
     torch.testing.assert_close(y, torch.erf(0.9 * u + 0.2), rtol=1e-6, atol=1e-9)
@@ -47,6 +47,6 @@ def test_reference_is_the_formula_with_its_gradient() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e-5, 0.5, 3.0])
 def test_reference_is_exact_for_small_numbers(value: float) -> None:
-    layer = DynamicErf(torch.ones(1), torch.zeros(1), None, None, (1,)).double()
+    layer = DynamicErf(None, None, (1,), alpha=torch.ones(1), shift=torch.zeros(1)).double()
     u = torch.tensor([value], dtype=torch.float64)
     torch.testing.assert_close(Derf().reference(None, layer, u), torch.erf(u), rtol=1e-13, atol=0)

@@ -198,7 +198,7 @@ def test_training_lowers_the_loss() -> None:
 
 def test_reference_is_the_formula() -> None:
     weight, bias = nn.Parameter(torch.randn(DIM)), nn.Parameter(torch.randn(DIM))
-    layer = DynamicTanh(torch.full((1,), 0.3), weight, bias, (DIM,), 1)
+    layer = DynamicTanh(weight, bias, (DIM,), 1, alpha=torch.full((1,), 0.3))
     x = torch.randn(2, DIM, 3, 3)
     assert torch.allclose(DyT().reference(None, layer, x), layer(x), atol=1e-6)
 
@@ -206,7 +206,7 @@ def test_reference_is_the_formula() -> None:
 def test_reference_has_the_derivative_of_tanh_at_zero() -> None:
     """A norm behind a ReLU sees exact zeros, and torch's versions differ in the gradient of ``clamp`` at its bound."""
     u = torch.tensor([-0.0, 0.0, 1.0, -1.0, 40.0], dtype=torch.float64, requires_grad=True)
-    y = DyT().reference(None, DynamicTanh(torch.ones(1), None, None, (5,)), u)
+    y = DyT().reference(None, DynamicTanh(None, None, (5,), alpha=torch.ones(1)), u)
     (gradient,) = torch.autograd.grad(y.sum(), u)
     assert torch.equal(y[:2], torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(gradient, 1 - torch.tanh(u).square().detach())

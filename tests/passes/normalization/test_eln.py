@@ -28,13 +28,11 @@ def test_it_is_the_norm_of_one_coordinate_with_the_others_fixed(form: str) -> No
     rows = torch.cat([x[:, None], others.expand(31, -1)], 1)
     if form == "layer":
         expected = nn.functional.layer_norm(rows, (DIM,), eps=0.0)[:, 0]
-        beta, center = DIM * others.var(correction=0), others.mean()
+        beta, center = DIM * others.var(correction=0), others.mean().reshape(1)
     else:
         expected = rows[:, 0] * rows.square().mean(1).rsqrt()
-        beta, center = others.square().sum(), torch.tensor(0.0)
-    layer = ElementwiseNorm(beta.reshape(1), form, None, None, (DIM,)).double()  # type: ignore[arg-type]
-    if layer.center is not None:
-        layer.center.data.fill_(center)
+        beta, center = others.square().sum(), None
+    layer = ElementwiseNorm(None, None, (DIM,), beta=beta.reshape(1), center=center).double()
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ELN().reference(None, layer, x), expected, rtol=1e-12, atol=1e-12)
 

@@ -37,7 +37,7 @@ def test_evaluation_stays_and_the_norm_is_gone(text: str, norm: Any) -> None:
     assert not [layer for _, layer in after.layers() if isinstance(layer, RunningNorm)]
     assert sorted(after.module.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
     torch.testing.assert_close(after.module.eval()(x), before.module.eval()(x))
-    assert after.history[-1].warnings == ("1 norms no longer take statistics in training: merge a model that is trained",)
+    assert after.history[-1].warnings == ("1 norms no longer take statistics in training: fold a model that is trained",)
 
 
 def test_the_weights_by_hand() -> None:

@@ -111,6 +111,25 @@ class LastUnit(nn.Module):
         return self.head(self.norm(self.embed(x)))
 
 
+class Doubled(nn.Module):
+    """A norm and an activation that are called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(self.act(self.norm(x)))))
+
+
+class Gated(Block):
+    """A branch whose norm a gate reads too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down(self.up(y).relu() * y.sigmoid())
+
+
 def rows(width: int = 4) -> Tensor:
     return torch.randn(2, 5, width)
 
@@ -136,7 +155,7 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
 IMAGES: dict[str, Callable[[], list[nn.Module]]] = {
     "batchnorm, activation": lambda: [nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()],
     "batchnorm, padding": lambda: [nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)],
-    "batchnorm, cumulative": lambda: [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None)],
+    "batchnorm, cumulative": lambda: [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None), nn.ReLU()],
     "groups behind": lambda: [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)],
     "overlapping": lambda: [nn.Conv2d(4, 4, 3, stride=2)],
     "single": lambda: [nn.Conv2d(4, 4, 1, groups=4)],
@@ -157,6 +176,12 @@ MODELS: dict[str, Made] = {
     "pooled": (functools.partial(Pooled, nn.RMSNorm(DIM, 1e-6, elementwise_affine=False)), rows),
     "shared": (Shared, functools.partial(rows, DIM)),
     "last unit": (LastUnit, rows),
+    "batchnorm, twice": (Doubled, images),
+    "batchnorm, no positions": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()),
+        lambda: torch.randn(3, 4),
+    ),
+    "gated": (lambda: nn.Sequential(LINEAR(), Block(), Gated()), rows),
 }
 
 
@@ -206,6 +231,7 @@ REFUSALS = [
     Refusal("defer-norm", "pooled", "norm", "mean reads it, which is no linear layer"),
     Refusal("fold-batchnorm", "batchnorm, activation", "1", "0 writes it, which is no convolution or linear layer"),
     Refusal("fold-batchnorm", "batchnorm, padding", "1", "0 writes it, which is no convolution or linear layer"),
+    Refusal("fold-batchnorm", "batchnorm, twice", "norm", "it is called more than once"),
     Refusal("rep-batchnorm,merge-norms", "no bias", "1", "its schedule is not over: step 0 of 10000"),
     Refusal("unified-norm,merge-norms", "pre", "2", "the model's output reads it, which is no linear layer"),
     Refusal("power-norm", "positions", "1", "its channels are not the last axis alone"),
@@ -221,12 +247,18 @@ REFUSALS = [
     Refusal("layerscale", "scaled", "1", "what it adds is scaled already"),
     Refusal("rezero", "scaled", "1", "what it adds is scaled already"),
     Refusal("norm-scaling,norm-scaling", "two blocks", "2.norm", "it is scaled already"),
+    Refusal("norm-scaling", "gated", "2.norm", "sigmoid reads it, which is no linear layer"),
     Refusal("dual-patchnorm", "overlapping", "0", "its patches overlap, are padded or fall into groups"),
     Refusal("weight-standardization", "single", "0", "each output channel reads a single number"),
     Refusal("ghost-batchnorm", "batchnorm, cumulative", "1", "its running statistics are a cumulative average"),
     Refusal("instance-batch-norm", "batchnorm, cumulative", "1", "it has no running statistics with a momentum"),
     Refusal("batch-channel-norm", "groups behind", "1", "a GroupNorm is behind it"),
+    Refusal("batch-channel-norm", "batchnorm, twice", "norm", "it is called more than once"),
+    Refusal("online-norm", "batchnorm, twice", "norm", "it is called more than once"),
     Refusal("evonorm", "batchnorm, padding", "1", "something else reads it than one activation"),
+    Refusal("evonorm", "batchnorm, twice", "norm", "it is called more than once"),
+    Refusal("evonorm", "batchnorm, no positions", "1", "its input has no positions to take statistics of"),
+    Refusal("evonorm", "batchnorm, cumulative", "1", "it has no running statistics"),
 ]
 MODELS["two blocks"] = (lambda: nn.Sequential(LINEAR(), Block(), Block()), rows)
 
