@@ -156,16 +156,18 @@ def main() -> None:
     chosen = [text for text in FAMILIES[options.family] if any(part in text for part in options.passes.split(","))]
     names = options.models.split(",")
     print(f"| pass | {' | '.join(names)} |\n| --- {'| --- ' * len(names)}|", flush=True)
-    notes: dict[str, None] = {}
+    notes: dict[str, dict[str, list[str]]] = {}
     for text in chosen:
         cells = []
         for name in names:
             outcome = tried(options.folder, name, text, options.family, trust=options.trust_pickle)
             cells.append(outcome.split(":")[0])
             if ":" in outcome:
-                notes[f"- `{text}` on {name}: {outcome}"] = None
+                notes.setdefault(outcome, {}).setdefault(text, []).append(name)
         print(f"| `{text}` | {' | '.join(cells)} |", flush=True)
-    print("\n" + "\n".join(notes))
+    print()
+    for outcome, places in notes.items():
+        print(f"- {outcome}:", "; ".join(f"`{text}` on {', '.join(on)}" for text, on in places.items()))
 
 
 def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = False) -> str:

@@ -167,6 +167,30 @@ def test_transformers_from_the_command_line_and_back(tmp_path: Path, monkeypatch
     assert fresh(code, tmp_path) == "True False"
 
 
+_LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+_T5 = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 4, "decoder_start_token_id": 0}
+GENERATING = {
+    "LlamaForCausalLM": {**_LLAMA, "num_hidden_layers": 1},
+    "T5ForConditionalGeneration": {**_T5, "num_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_what_was_grown_generates_with_a_cache_as_before(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    kind = getattr(transformers, name)
+    small = kind(kind.config_class(**GENERATING[name], vocab_size=40, eos_token_id=None)).eval()
+    ids = torch.arange(18).view(2, 9)
+    kwargs = {"input_ids": ids} | ({"decoder_input_ids": ids} if small.config.is_encoder_decoder else {})
+    rewrite.save(rewrite.apply(small, "expand{ffn=2x}", kwargs=kwargs, verify=False), tmp_path / "big")
+    big = kind.from_pretrained(tmp_path / "big").eval()
+    made = [model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True) for model in (small, big)]
+    assert big.num_parameters() > small.num_parameters()
+    assert made[0].shape[1] > 12
+    assert torch.equal(*made)
+
+
 def test_heads_or_head_size_is_decided_by_the_outputs() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
