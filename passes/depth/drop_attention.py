@@ -22,3 +22,4 @@ class DropAttention(Dropping):
 
     name = "drop-attention"
     kinds = ("attention",)
+    absence = "no attention is added to a residual stream"

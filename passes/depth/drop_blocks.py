@@ -22,6 +22,7 @@ class DropBlocks(Dropping):
     """
 
     name = "drop-blocks"
+    absence = "nothing is added to a residual stream"
     kinds = ("attention", "cross-attention", "ffn", "gated ffn", "experts", "convolutional", "other")
 
     def weighs(self, block: BlockInfluence) -> float:

@@ -21,3 +21,4 @@ class DropFFN(Dropping):
 
     name = "drop-ffn"
     kinds = ("ffn", "gated ffn", "experts")
+    absence = "no FFN is added to a residual stream"

@@ -19,9 +19,11 @@ from rewrite.analysis.norms import norm_of
 from rewrite.analysis.windows import cut
 from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
+from rewrite.graph.fakes import same_shape
 from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.tree import names_of_tensors
+from rewrite.pipeline.beginning import behind
 from rewrite.pipeline.numbers import numbers
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.registry import get_pass
@@ -58,6 +60,7 @@ class FFNFusion(Pass):
     """
 
     name = "ffn-fusion"
+    absence = "no FFN is added to a residual stream"
     where: str = option(AUTO, "numbers of the layers, as `rewrite show` counts them: '1,2' or '4-8'; auto: all but the last")
     window: int = option(4, "the most FFNs that are fused into one", at_least=2)
     dependency: float = option(
@@ -81,7 +84,10 @@ class FFNFusion(Pass):
         chosen = tuple(range(last)) if self.where == AUTO else numbers(self.where)
         if ffns and chosen and chosen[-1] > last:
             raise RewriteError(f"where={self.where}: the model has FFNs in layers 0 to {last}")
-        rows = [run for run in _runs(ffns, chosen, _Finder(program), context) if len(run) > 1]
+        found = [run for run in _runs(ffns, chosen, _Finder(program), context) if run]
+        rows, told = [run for run in found if len(run) > 1], {skip.path for skip in context.skipped}
+        for path in (run[0].path for run in found if len(run) == 1 and run[0].path not in told):
+            context.skip(path, "no FFN to fuse is next to it: drop-attention takes out what stands between")
         fused = [part for run in rows for part in self._parts(run, program, context) if len(part) > 1]
         if not fused:
             return []
@@ -128,6 +134,8 @@ class _Finder:
     def ffn(self, branch: Branch) -> FFN | str:
         """The parts of a branch, or why it must stay."""
         first, down = branch.parts.first, branch.output
+        if branch.order == "post":
+            return "its norm stands after the addition"
         if branch.order != "pre" or len(branch.norms) != 1 or len(branch.starts) != 1:
             return "it has no norm at its start alone"
         if branch.leaks:
@@ -140,7 +148,7 @@ class _Finder:
         acts = [n for n in rest if n in branch.parts.activations]
         products = [n for n in rest if packet(n) is aten.mul]
         if any(rate for _, rate in branch.dropouts) or any(self._drops(n) for n in rest):
-            return "it has dropout"
+            return "it has dropout, of which one FFN has one: capture it with a rate of 0"
         straight = branch.writer is down and len(acts) == 1 and len(acts) + len(products) == len(rest)
         if not straight or len(first) != 1 + len(products) or len(products) > 1:
             return "it is more than two or three projections and an activation"
@@ -194,15 +202,23 @@ def _runs(ffns: Sequence[Branch], chosen: Sequence[int], finder: _Finder, contex
             yield [f.branch for f in run]
             run = []
             continue
-        behind = bool(run) and branch.starts == (run[-1].branch.addition,) and len(run[-1].branch.addition.users) == 2
-        reason = finder.like(run[-1], found) if behind else ""
+        follows = bool(run) and _follows(run[0].branch, run[-1].branch, branch)
+        reason = finder.like(run[-1], found) if follows else ""
         if reason:
             context.skip(branch.path, f"it stands behind {run[-1].branch.path}: {reason}")
-        if not behind or reason:
+        if not follows or reason:
             yield [f.branch for f in run]
             run = []
         run.append(found)
     yield [f.branch for f in run]
+
+
+def _follows(first: Branch, last: Branch, branch: Branch) -> bool:
+    """Whether a branch, and nothing else, reads the sum of the last one of a run, in the shape that the first one reads."""
+    found = behind(branch.starts[0])
+    users = [len(node.users) for node in found]
+    alone = users[0] == 2 and all(count == 1 for count in users[1:])
+    return found[-1] is last.addition and alone and same_shape(branch.starts[0], first.starts[0])
 
 
 def _found(program: Program, text: str) -> Iterator[list[Branch]]:

@@ -52,6 +52,7 @@ class LayerMerge(Pass):
     """
 
     name = "layer-merge"
+    absence = "no convolution reads another, or its activation: fold-batchnorm takes norms out between them"
     speedup: float = option(1.5, "how many times faster the convolutions are to be together", above=1, at_most=100)
     latency: Literal["measured", "flops"] = option("measured", "what their time is: measured here, or multiplications")
     bound: float = option(1.0, "largest error of what a convolution gives, relative, root mean square", above=0)

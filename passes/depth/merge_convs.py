@@ -48,6 +48,7 @@ class MergeConvs(Pass):
     """
 
     name = "merge-convs"
+    absence = "no convolution reads another: fold-batchnorm takes norms out between them, layer-merge activations"
     hoist: bool = option(False, "merge where the second pads as well: its padding is moved to before the first")
     bound: float = option(1.0, "with hoist: largest error of what the second gives, relative, root mean square", above=0)
     where: Selector = option(Selector("*"), "pairs, by the path of the second: path glob, type:, re:, !, several with |")

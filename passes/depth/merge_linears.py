@@ -68,6 +68,7 @@ class MergeLinears(Pass):
     """
 
     name = "merge-linears"
+    absence = "no two linear layers of it read one value"
     inserts = (MergedLinear,)
     within: Within = option("block", "merge layers of one module, of one block (attention and FFN), or of the model")
     where: Selector = option(Selector("*"), "groups to merge, by merged path: path glob, type:, re:, !, several with |")

@@ -12,6 +12,7 @@ from rewrite.analysis.branches import Branch, branches
 from rewrite.analysis.norms import Norm, norm_of
 from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
+from rewrite.pipeline.beginning import begin, behind, fits, own_reshapes
 from rewrite.pipeline.numbers import numbers
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.proof.contract import CLOSE, NEW, SAME, Contract
@@ -39,6 +40,7 @@ class ParallelBlock(Pass):
     """
 
     name = "parallel-block"
+    absence = "no FFN is added to a residual stream"
     layers: str = option(ALL, "numbers of the layers, as `rewrite show` counts them: '1,2' or '0-3,8'; or all")
     bound: float = option(1.0, "largest error of what an FFN reads, relative, root mean square", above=0, finite=True)
 
@@ -65,8 +67,10 @@ class ParallelBlock(Pass):
             if reason:
                 context.skip(ffn.path, reason)
             else:
-                found.append(str(ffn.layer))
-        return [_Reroute(",".join(found), self.bound), ShareNorms(",".join(found))] if found else []
+                found.append(ffn)
+        moved = [(ffn, attention.starts[0]) for ffn in found if (attention := _attention(ffn, every)) is not None]
+        text = ",".join(str(ffn.layer) for ffn in found)
+        return [*own_reshapes(moved), _Reroute(text, self.bound), ShareNorms(text)] if found else []
 
 
 def _numbers(layers: str) -> tuple[int, ...] | None:
@@ -74,8 +78,9 @@ def _numbers(layers: str) -> tuple[int, ...] | None:
 
 
 def _attention(ffn: Branch, every: Sequence[Branch]) -> Branch | None:
-    """The attention that adds to the stream right before an FFN reads it."""
-    return next((b for b in every if b.kind == "attention" and ffn.starts == (b.addition,)), None)
+    """The attention that adds to the stream right before an FFN reads it, in whatever shape."""
+    before = behind(ffn.starts[0])[-1] if len(ffn.starts) == 1 else None
+    return next((b for b in every if b.kind == "attention" and before is b.addition), None)
 
 
 def _obstacle(ffn: Branch, every: Sequence[Branch], writes: Writes) -> str:
@@ -91,7 +96,7 @@ def _obstacle(ffn: Branch, every: Sequence[Branch], writes: Writes) -> str:
         return f"{attention.path}, which it would stand beside, is not normalized at its start alone"
     if writes.into(attention.starts[0]):
         return "the stream is written in place"
-    return ""
+    return "" if fits(ffn.starts[0], attention.starts[0]) else "its stream has another shape there"
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,7 @@ class _Reroute(Pass):
         for ffn in (b for b in every if b.layer in chosen and b.kind in ("ffn", "gated ffn")):
             attention = _attention(ffn, every)
             if attention is not None:
-                inside = set(ffn.nodes)
-                context.edit.rewire(attention.addition, attention.starts[0], inside.__contains__)
+                begin(context.edit, ffn, attention.starts[0])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rewrite.analysis.blocks import Block, blocks_of
 from rewrite.analysis.branches import branches
 from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
+from rewrite.graph.fakes import same_shape
 from rewrite.graph.nodes import aten, packet
 from rewrite.pipeline.numbers import numbers
 from rewrite.pipeline.pass_ import Pass, option
@@ -40,6 +41,7 @@ class ParallelizeBlocks(Pass):
     """
 
     name = "parallelize-blocks"
+    absence = "nothing is added to a residual stream"
     pairs: str = option("", "numbers of the layers of each pair, as `rewrite show` counts them: '1-2,5-6'")
     bound: float = option(1.0, "largest error of what a block reads, relative, root mean square", above=0, finite=True)
 
@@ -62,6 +64,8 @@ class ParallelizeBlocks(Pass):
         for pair in _pairs(self.pairs):
             blocks = [every[n] for n in pair if n in every]
             reason = next(filter(None, (_obstacle(block, i, writes) for i, block in enumerate(blocks))), "")
+            if not reason and not all(same_shape(block.start, blocks[0].start) for block in blocks):
+                reason = "the stream has another shape at a later block"
             if reason or len(blocks) < 2:
                 context.skip(blocks[0].path if blocks else self.pairs, reason or "there is no other block beside it")
             else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rewrite.analysis.branches import Branch, branches
 from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
+from rewrite.pipeline.beginning import begin, fits, own_reshapes
 from rewrite.pipeline.numbers import numbers
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.proof.contract import CLOSE, NEW, Contract
@@ -36,6 +37,7 @@ class Shallow(Pass):
     """
 
     name = "shallow"
+    absence = "nothing is added to a residual stream"
     layers: str = option("", "numbers of the layers, as `rewrite show` counts them: '4-7', or several stacks: '2-3,6-8'")
     bound: float = option(1.0, "largest error of what a branch reads, relative, root mean square", above=0, finite=True)
 
@@ -65,7 +67,11 @@ class Shallow(Pass):
         if not stacks:
             return []
         text = ",".join(f"{stack[0]}-{stack[-1]}" for stack in stacks)
-        return [_ToFirst(text, self.bound), ShareNorms(text)]
+        own = [[b for b in every if b.layer in stack] for stack in stacks]
+        moved = [(b, first.starts[0]) for first, *others in own for b in others if _begins(b, first)]
+        for branch in (b for b, value in moved if not fits(b.starts[0], value)):
+            context.skip(branch.path, "its stream has another shape where it would begin")
+        return [*own_reshapes(moved), _ToFirst(text, self.bound), ShareNorms(text)]
 
 
 def chosen_of(text: str, name: str, last: int) -> tuple[int, ...]:
@@ -99,6 +105,11 @@ def stays(branch: Branch, writes: Writes) -> str:
     return "the stream is written in place" if writes.into(branch.starts[0]) or writes.into(branch.addition) else ""
 
 
+def _begins(branch: Branch, first: Branch) -> bool:
+    """Whether a branch of a stack is to begin where the first one does, and does not yet."""
+    return branch.stream is first.stream and branch.starts != first.starts
+
+
 @dataclass(frozen=True)
 class _ToFirst(Pass):
     """Let all branches of a stack read what its first one reads."""
@@ -115,5 +126,5 @@ class _ToFirst(Pass):
         for stack in runs(numbers(self.stacks)):
             first, *others = [b for b in every if b.layer in stack]
             for branch in others:
-                if branch.stream is first.stream and branch.starts != first.starts:
-                    context.edit.rewire(branch.starts[0], first.starts[0], set(branch.nodes).__contains__)
+                if _begins(branch, first):
+                    begin(context.edit, branch, first.starts[0])

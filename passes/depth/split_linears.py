@@ -45,6 +45,7 @@ class SplitLinears(Pass):
     """
 
     name = "split-linears"
+    absence = "no layer of it was made by merge-linears"
     where: Selector = option(Selector("*"), "merged layers to split: path glob, type:, re:, !, several with |")
 
     def contract(self) -> Contract:

@@ -48,6 +48,7 @@ class StochasticDepthPass(Placing):
     """
 
     name = "stochastic-depth"
+    absence = "nothing is added to a residual stream"
     inserts = (StochasticDepth,)
     rate: float = option(0.1, "how often the branches of the last layer are left out", at_least=0, below=1)
     decay: Literal["linear", "uniform"] = option("linear", "linear: the first layers less often; uniform: all the same")

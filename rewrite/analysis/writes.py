@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 from torch.fx import Graph, Node
 
-from rewrite.graph.fakes import expression_of
+from rewrite.graph.fakes import same_shape
 from rewrite.graph.layers import ModalOperator, TransposedLinear
 from rewrite.graph.nodes import attribute, mutated_arguments, overload
 from rewrite.graph.regions import Region
@@ -102,7 +102,7 @@ def _aliased(module: nn.Module, node: Node, fresh: Collection[nn.Module]) -> lis
         return [value for value in values if isinstance(value, Node)]
     if node.op == "call_module" and not isinstance(layer := attribute(module, str(node.target)), Region):
         return (
-            [] if isinstance(layer, _FRESH) or layer in fresh else [n for n in node.all_input_nodes if _same_shape(n, node)]
+            [] if isinstance(layer, _FRESH) or layer in fresh else [n for n in node.all_input_nodes if same_shape(n, node)]
         )
     return list(node.all_input_nodes) if node.op in ("call_function", "call_module") else []
 
@@ -111,12 +111,6 @@ def _aliased(module: nn.Module, node: Node, fresh: Collection[nn.Module]) -> lis
 def _aliasing(operator: OpOverload) -> tuple[tuple[int, str], ...]:
     """The arguments whose memory an operator's value may share: a schema is slow to ask, and never changes."""
     return tuple((i, a.name) for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None)
-
-
-def _same_shape(a: Node, b: Node) -> bool:
-    """Whether two values always have one shape: expressions are compared, since sizes compared as such are evaluated."""
-    x, y = (tuple(map(expression_of, getattr(node.meta.get("val"), "shape", [node]))) for node in (a, b))
-    return x == y
 
 
 def _written(module: nn.Module, node: Node) -> list[Node]:

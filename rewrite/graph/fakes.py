@@ -169,6 +169,12 @@ def expression_of(size: Any) -> Hashable:
     return size.node.expr if isinstance(size, torch.SymInt) else size  # type: ignore[no-any-return]
 
 
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two values always have one shape: expressions are compared, since sizes compared as such are evaluated."""
+    x, y = (tuple(map(expression_of, getattr(node.meta.get("val"), "shape", [node]))) for node in (a, b))
+    return x == y
+
+
 @contextmanager
 def evaluating(layer: nn.Module) -> Iterator[None]:
     """The layer in evaluation mode: in training some read data, which fake tensors do not have."""

@@ -62,11 +62,13 @@ class Pass(abc.ABC):
     when the pass is made (`OptionError`); an int becomes a float and a text a `Selector` where the field is
     one. A subclass with its own `__post_init__` calls this one first.
 
-    `inserts` are the classes of its own layers: a model that holds them is captured with them as they are.
+    `inserts` are the classes of its own layers: a model that holds them is captured with them as they are. `absence` says
+    what a model lacks in which the pass finds no place at all, and what makes one if anything does.
     """
 
     name: ClassVar[str]
     inserts: ClassVar[tuple[type, ...]] = ()
+    absence: ClassVar[str] = ""
 
     if TYPE_CHECKING:
 

@@ -20,7 +20,7 @@ from rewrite.frontend.capture import capture
 from rewrite.graph.change import Change
 from rewrite.graph.copies import uncollected
 from rewrite.graph.edit import Editor
-from rewrite.graph.history import Record, Site, Verification
+from rewrite.graph.history import Record, Site, Skipped, Verification
 from rewrite.graph.maps import Step
 from rewrite.graph.program import Program, tensors_of
 from rewrite.graph.renumber import named_anew
@@ -104,7 +104,7 @@ def run_pass(program: Program, step: Pass, settings: Settings) -> Program:
         step.options(),
         seconds,
         _sites(context.edit.changes),
-        tuple(context.skipped),
+        tuple(context.skipped) or _absence(step, changed=changed),
         tuple(context.warnings),
         str(step.contract()),
         (_count(program), _count(result)),
@@ -143,7 +143,7 @@ def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
         step.options(),
         sum(r.seconds for r in records),
         tuple(site for r in records for site in r.changes),
-        (*context.skipped, *(skip for r in records for skip in r.skipped)),
+        (*context.skipped, *(skip for r in records for skip in r.skipped)) or _absence(step, changed=bool(parts)),
         (*context.warnings, *(warning for r in records for warning in r.warnings)),
         str(step.contract()),
         (_count(program), _count(result)),
@@ -153,6 +153,11 @@ def _run_steps(program: Program, step: Pass, settings: Settings) -> Program:
         (*context.measured, *(measured for r in records for measured in r.measured)),
     )
     return replace(result, history=(*program.history, record))
+
+
+def _absence(step: Pass, *, changed: bool) -> tuple[Skipped, ...]:
+    """What the model lacks, where a pass found no place in it and says so."""
+    return (Skipped("", step.absence),) if step.absence and not changed else ()
 
 
 def _together(records: Sequence[Record], settings: Settings) -> Verification:

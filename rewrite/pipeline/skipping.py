@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rewrite.analysis.blocks import Block, blocks_of
@@ -11,6 +11,7 @@ from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.nodes import tensor_value
 from rewrite.proof.contract import SAME, Contract
 
+from .beginning import shaped
 from .numbers import numbers
 from .pass_ import Pass, option
 
@@ -45,7 +46,7 @@ class Skipping(Pass):
         return Contract(forward=SAME, backward=SAME, evaluation_only=True)
 
     def run(self, program: Program, context: Context) -> None:
-        every = blocks_of(branches(program))
+        every = [replace(block, end=shaped(block.end, block.start)) for block in blocks_of(branches(program))]
         last = max((block.layer for block in every), default=-1)
         if self.layers not in (ALL, MIDDLE) and every and numbers(self.layers)[-1] > last:
             raise RewriteError(f"layers={self.layers}: the model has layers 0 to {last}")

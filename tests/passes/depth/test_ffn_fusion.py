@@ -19,7 +19,7 @@ X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 ROWS = [
     Row("ffn-fusion{where='0-1'}", "llama", 20, after="drop-attention{layers=1}"),
-    Row("ffn-fusion", "bert", 0, near_miss={"encoder.layer.0": "it has no norm at its start alone"}),
+    Row("ffn-fusion", "bert", 0, near_miss={"encoder.layer.0": "its norm stands after the addition"}),
     Row("ffn-fusion", "resnet18", 0),
 ]
 
@@ -83,6 +83,18 @@ def test_fused_is_the_parallel_form(gated: bool, bias: bool) -> None:
         ("share-norms", "forward same"),
         ("widen-ffns", "forward same"),
     ]
+
+
+def test_a_stream_that_is_flattened_before_each_ffn() -> None:
+    class Flat(FFN):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.reshape(-1, 8)
+            return (rows + self.f(rows)).view(x.shape)
+
+    model = Stack(*(Flat() for _ in range(3)))
+    program = fused(model, "ffn-fusion{where='0-2'}")
+    assert torch.allclose(program.module(X), model.parallel(X, (0, 1, 2)), atol=1e-5)
+    assert program.module.get_submodule("1.up").out_features == 48
 
 
 def test_auto_leaves_the_last_layer_alone_and_cuts_runs_at_the_window() -> None:

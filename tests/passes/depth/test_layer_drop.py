@@ -10,7 +10,7 @@ from rewrite import RewriteError, apply
 from rewrite.errors import PipelineError
 from tests.passes.table import Row
 
-from .test_parallel_block import Block, X
+from .test_parallel_block import Block, Flat, X
 
 ROWS = [
     Row("layer-drop{layers=1}", "gpt2", 2, near_miss={"h.0": "layer 0 is not among layers=1"}),
@@ -18,8 +18,9 @@ ROWS = [
 ]
 
 
-def test_a_layer_goes_as_a_whole_or_stays_as_it_is() -> None:
-    model = nn.Sequential(Block(), Block())
+@pytest.mark.parametrize("kind", [Block, Flat])
+def test_a_layer_goes_as_a_whole_or_stays_as_it_is(kind: type[Block]) -> None:
+    model = nn.Sequential(kind(), kind())
     program = apply(model, "layer-drop{rate=0.5}", args=(X,))
     with torch.no_grad():
         first, second = (block(X) for block in model)

@@ -44,6 +44,23 @@ class Block(nn.Module):
         return x + self.attention(self.norm1(x)) + self.ffn(self.norm2(x))
 
 
+class Flat(Block):
+    """Its stream has no axis of samples before the FFN, as in OPT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        rows = x.reshape(-1, 8)
+        return (rows + self.ffn(self.norm2(rows))).view(x.shape)
+
+
+def test_a_stream_that_is_flattened_in_between() -> None:
+    model = nn.Sequential(Flat(), Flat())
+    program = apply(model, "parallel-block", args=(X,))
+    expected = model[1].parallel(model[0].parallel(X))
+    assert torch.allclose(program.module(X), expected, atol=1e-6)
+    assert program.history[0].steps[0].name == "branches-with-reshapes-of-their-own"
+
+
 def test_by_hand() -> None:
     model = Block()
     program = apply(model, "parallel-block", args=(X,))

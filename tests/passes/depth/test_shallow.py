@@ -10,7 +10,7 @@ from rewrite import RewriteError, apply
 from rewrite.errors import PipelineError
 from tests.passes.table import Row
 
-from .test_parallel_block import Block, X
+from .test_parallel_block import Block, Flat, X
 
 ROWS = [
     Row("shallow{layers=0-1}", "gpt2", 1),
@@ -28,6 +28,13 @@ def test_by_hand() -> None:
     (record,) = program.history
     assert [s.name for s in record.steps] == ["branches-side-by-side", "share-norms"]
     assert {s.reason for s in record.skipped} >= {"layer 0 is not among the chosen"}
+
+
+def test_a_stream_that_is_flattened_in_between() -> None:
+    model = nn.Sequential(Flat(), Flat())
+    program = apply(model, "shallow{layers='0-1'}", args=(X,))
+    added = sum((b.attention(b.norm1(X)) + b.ffn(b.norm2(X)) for b in model), torch.zeros(()))
+    assert torch.allclose(program.module(X), X + added, atol=1e-6)
 
 
 def test_layers_apart_are_stacks_of_their_own_and_one_norm_serves_each() -> None:
