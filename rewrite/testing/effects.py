@@ -121,13 +121,13 @@ def check_near_miss(trial: Trial) -> str:
             raise fail("near miss", f"{path} is left alone without a reason; note it by context.skip")
         if words not in skipped[path]:
             raise fail("near miss", f"{path} is left alone because {skipped[path]!r}, which does not say {words!r}")
-    _all_have_reasons(trial.record.skipped)
+    _all_have_reasons(trial.record.skipped, trial.step.absence)
     return f"{len(skipped)} places left alone, each with its reason"
 
 
-def _all_have_reasons(skipped: Sequence[Skipped]) -> None:
+def _all_have_reasons(skipped: Sequence[Skipped], absence: str) -> None:
     for skip in skipped:
-        if not skip.path or not skip.reason.strip():
+        if not skip.reason.strip() or not (skip.path or skip.reason == absence):
             raise fail("near miss", f"{skip.path or 'a place without a path'} is left alone without a reason")
 
 
