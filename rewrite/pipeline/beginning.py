@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .context import Context
 
-_RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
+_RESHAPES = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
 
 
 def behind(start: Node) -> list[Node]:
