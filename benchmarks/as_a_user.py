@@ -1,6 +1,7 @@
 """Passes on small models of ten kinds, and two that no test names, as a new user runs them: by the command line alone.
 
     python benchmarks/as_a_user.py depth|memory|normalization [--models vit,gpt2,...] [--passes NAME,...] [--folder FOLDER]
+    python benchmarks/as_a_user.py normalization --letters      # A applied, L left alone, R refused, - no place, F fault
 
 Models lie in the folder as their libraries write them: timm's pickled, transformers' by `save_pretrained`. Each cell is one
 `rewrite apply` in this process (a model is captured once), its output kept beside the model: `applied` where it wrote a file
@@ -93,6 +94,7 @@ NORMALIZATION = (
     "online-norm",
     "evonorm",
 )
+NO_PLACE = "unchanged: no place"
 FAMILIES = {"depth": DEPTH, "memory": MEMORY, "normalization": NORMALIZATION}
 
 
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--passes", default="", help="those whose text has one of these")
     parser.add_argument("--folder", type=Path, default=Path("build/as-a-user"))
     parser.add_argument("--trust-pickle", action="store_true", help="where timm is no installed package")
+    parser.add_argument("--letters", action="store_true", help="a letter a cell")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -162,13 +165,20 @@ def main() -> None:
         cells = []
         for name in names:
             outcome = tried(options.folder, name, text, options.family, trust=options.trust_pickle)
-            cells.append(outcome.split(":")[0])
+            cells.append(letter(outcome) if options.letters else outcome.split(":")[0])
             if ":" in outcome:
                 notes.setdefault(outcome, {}).setdefault(text, []).append(name)
         print(f"| `{text}` | {' | '.join(cells)} |", flush=True)
     print()
     for outcome, places in notes.items():
         print(f"- {outcome}:", "; ".join(f"`{text}` on {', '.join(on)}" for text, on in places.items()))
+
+
+def letter(outcome: str) -> str:
+    """What one command came to, in a letter."""
+    if outcome == NO_PLACE:
+        return "-"
+    return {"applied": "A", "unchanged": "L", "refused": "R"}.get(outcome.split(":")[0], "F")
 
 
 def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = False) -> str:
@@ -193,17 +203,18 @@ def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = Fals
     if not end.startswith("0 "):
         return f"FAULT: {end}: {said}"
     if not out.exists():
-        return f"unchanged: {_reasons(log.read_text())}"
+        reason = _reason(log.read_text())
+        return f"unchanged: {reason}" if reason else NO_PLACE
     try:
         return figures(out, source) if family == "memory" else runs(out)
     except Exception as error:  # whatever it is, it is a fault of ours
         return f"FAULT: what was written: {error!r}"
 
 
-def _reasons(text: str) -> str:
-    """What stands beside `left alone`, in one line."""
-    found = re.search(r"left alone(.*?)\n parameters", text, re.DOTALL)
-    return " ".join(found[1].split())[:200] if found else "no place"
+def _reason(text: str) -> str:
+    """The first reason beside `left alone`, in one line; empty without one."""
+    found = re.search(r"left alone +\d+ (.*?)\n {16}", text, re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def written(folder: Path, name: str) -> tuple[Path, Path]:

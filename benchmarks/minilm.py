@@ -31,6 +31,7 @@ from torch import Tensor
 import rewrite
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.site_errors import draw, errors_of
 from tests.models.zoo import Trained, minilm
 
 PIPELINES = (
@@ -92,12 +93,11 @@ def main() -> None:
         change = (after - before).abs()[pairs]
         nearest = [(s - 2 * torch.eye(len(s))).argmax(1) for s in (before, after)]
         kept = (nearest[0] == nearest[1]).double().mean()
-        measured = made.history[-1].measured
-        errors[text] = {m.path: float(m.figures["error"]) for m in measured if "error" in m.figures}
+        errors[text] = errors_of(made)
         worst = f"{max(errors[text].values()):.3f}" if errors[text] else ""
         print(f"| `{text}` | {worst} | {change.mean():.3f} | {change.max():.3f} | {kept:.0%} |", flush=True)
     if options.picture:
-        draw({text: found for text, found in errors.items() if found}, options.picture)
+        draw(errors, options.picture)
 
 
 def encoded(trained: Trained, texts: list[str]) -> dict[str, Tensor]:
@@ -110,20 +110,6 @@ def calibration() -> list[str]:
     found = (inspect.getdoc(thing) for module in modules for _, thing in sorted(vars(module).items()) if callable(thing))
     long = dict.fromkeys(" ".join(text.split()[:40]) for text in found if text and len(text.split()) > 12)
     return [*long][:96]
-
-
-def draw(errors: dict[str, dict[str, float]], file: Path) -> None:
-    """The error of every norm, in order, a line for each pipeline."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for text, found in errors.items():
-        axes.plot(list(found), list(found.values()), marker="o", label=text)
-    axes.set_ylabel("relative error of the output")
-    axes.tick_params(axis="x", rotation=75, labelsize=7)
-    axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
