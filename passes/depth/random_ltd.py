@@ -94,7 +94,7 @@ class RandomLTD(Skipping):
 
     def obstacle(self, block: Block, program: Program) -> str:
         start = tensor_value(block.start)
-        if start is None or start.dim() != 3 or any(b.stream.values.get(b.writer) != 2 for b in block.branches):
+        if start is None or start.dim() != 3 or not all(map(_channels_last, block.branches)):
             return "its stream is not [samples, tokens, channels]"
         return next(filter(None, (_mixing(branch, program) for branch in block.branches)), "")
 
@@ -109,6 +109,13 @@ class RandomLTD(Skipping):
                 edit.rewire(node, made)
                 edit.remove(node)
         insert_behind(edit, block.end, "skipping", TokensSkipping(), also=[block.start, kept])
+
+
+def _channels_last(branch: Branch) -> bool:
+    """Whether what a branch adds is [samples, tokens, channels]; of an FFN, which mixes no tokens, they may be one axis."""
+    value, axis = tensor_value(branch.writer), branch.stream.values.get(branch.writer)
+    sizes = (2, 3) if branch.kind in ("ffn", "gated ffn") else (3,)
+    return value is not None and value.dim() in sizes and axis == value.dim() - 1
 
 
 def _attentions(branch: Branch, program: Program) -> Iterator[Node]:

@@ -40,11 +40,20 @@ class Block(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_tokens_kept_go_through_the_layer_as_if_the_others_were_not_there(causal: bool) -> None:
-    model = Block(causal)
-    if not causal:
-        model.causal = False
+class Flat(Block):
+    """All tokens are on one axis where the FFN reads them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm1(x)
+        q, k, v = (f(n).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        rows = (x + self.o(y.transpose(1, 2).flatten(2))).reshape(-1, 8)
+        return (rows + self.ffn(self.norm2(rows))).view(x.shape)
+
+
+@pytest.mark.parametrize(("kind", "causal"), [(Block, True), (Block, False), (Flat, True)])
+def test_the_tokens_kept_go_through_the_layer_as_if_the_others_were_not_there(kind: type[Block], causal: bool) -> None:
+    model = kind(causal)
     program = apply(model, "random-ltd{layers=all rate=0.4}", args=(X,))
     seen: list[Any] = []
     name = next(str(n.target) for n, layer in program.layers() if type(layer).__name__ == "TokensKept")
