@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 import rewrite
 from rewrite.cli.commands import app
 from rewrite.cli.job import Model, read_data
+from rewrite.pipeline.registry import get_pass, pass_names
 from rewrite.proof.estimate import nearness
 from rewrite.torch_private import pytree
 from rewrite.training.saved import _Ledger
@@ -94,7 +95,6 @@ NORMALIZATION = (
     "online-norm",
     "evonorm",
 )
-NO_PLACE = "unchanged: no place"
 FAMILIES = {"depth": DEPTH, "memory": MEMORY, "normalization": NORMALIZATION}
 
 
@@ -175,10 +175,11 @@ def main() -> None:
 
 
 def letter(outcome: str) -> str:
-    """What one command came to, in a letter."""
-    if outcome == NO_PLACE:
+    """What one command came to, in a letter; "-" where the model lacks what the pass is for."""
+    word, _, reason = outcome.partition(": ")
+    if word == "unchanged" and reason in {"no place", *(get_pass(name).absence for name in pass_names())}:
         return "-"
-    return {"applied": "A", "unchanged": "L", "refused": "R"}.get(outcome.split(":")[0], "F")
+    return {"applied": "A", "unchanged": "L", "refused": "R"}.get(word, "F")
 
 
 def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = False) -> str:
@@ -203,8 +204,7 @@ def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = Fals
     if not end.startswith("0 "):
         return f"FAULT: {end}: {said}"
     if not out.exists():
-        reason = _reason(log.read_text())
-        return f"unchanged: {reason}" if reason else NO_PLACE
+        return f"unchanged: {_reason(log.read_text())}"
     try:
         return figures(out, source) if family == "memory" else runs(out)
     except Exception as error:  # whatever it is, it is a fault of ours
@@ -212,9 +212,9 @@ def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = Fals
 
 
 def _reason(text: str) -> str:
-    """The first reason beside `left alone`, in one line; empty without one."""
+    """The first reason beside `left alone`, in one line."""
     found = re.search(r"left alone +\d+ (.*?)\n {16}", text, re.DOTALL)
-    return " ".join(found[1].split()) if found else ""
+    return " ".join(found[1].split()) if found else "no place"
 
 
 def written(folder: Path, name: str) -> tuple[Path, Path]:

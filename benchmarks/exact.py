@@ -183,7 +183,7 @@ def tried(program: rewrite.Program, text: str, files: bool) -> dict[str, Any]:
         reloaded(made)
     checks = record.verification.checks if record.verification else ()
     errors = [check.error for check in checks if check.name in HELD and check.error is not None]
-    reasons = [skip.reason for skip in record.skipped]
+    reasons = [skip.reason for skip in record.skipped if skip.path]
     what = APPLIED if record.changed else LEFT if reasons else NOTHING
     return {"what": what, "edits": len(record.changes), "error": max(errors, default=None), "reasons": reasons[:20]}
 

@@ -40,6 +40,7 @@ class BatchChannelNorm(Pass):
     """
 
     name = "batch-channel-norm"
+    absence = "no layer of it is a BatchNorm with running statistics"
     groups: int = option(32, "groups of channels, at most", at_least=1)
     where: Selector = option(Selector("*"), "norms to put another behind: path glob, type:, re:, !, several with |")
 

@@ -52,6 +52,7 @@ class DeferNorm(Pass):
 
     name = "defer-norm"
     inserts = (NormedLinear,)
+    absence = "no layer of it is a LayerNorm or RMSNorm"
     where: Selector = option(Selector("*"), "norms to defer: path glob, type:, re:, !, several with |")
 
     def contract(self) -> Contract:

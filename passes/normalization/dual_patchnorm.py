@@ -59,6 +59,7 @@ class DualPatchNorm(Replacing):
 
     name = "dual-patchnorm"
     inserts = (NormedPatches,)
+    absence = "no convolution reads an input of it"
     eps: float = option(1e-6, "eps of both norms", above=0, finite=True)
 
     def places(self, program: Program) -> Sequence[Site]:

@@ -89,6 +89,7 @@ class EvoNormPass(Replacing):
 
     name = "evonorm"
     inserts = (EvoNormB0, EvoNormS0)
+    absence = "no layer of it is a BatchNorm with running statistics"
     form: Literal["b0", "s0"] = option("b0", "b0: variance of the batch and of the instance; s0: of groups of channels")
     groups: int = option(32, "groups of channels of s0, at most", at_least=1)
 

@@ -29,6 +29,7 @@ class FoldAffine(Pass):
     """
 
     name = "fold-affine"
+    absence = "no layer of it is a LayerNorm or RMSNorm with a weight or a bias"
     where: Selector = option(Selector("*"), "norms to fold: path glob, type:, re:, !, several with |")
 
     def contract(self) -> Contract:

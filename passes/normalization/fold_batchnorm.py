@@ -50,6 +50,7 @@ class FoldBatchNorm(Pass):
     """
 
     name = "fold-batchnorm"
+    absence = "no layer of it is a BatchNorm with running statistics"
     where: Selector = option(Selector("*"), "norms to fold: path glob, type:, re:, !, several with |")
 
     def contract(self) -> Contract:

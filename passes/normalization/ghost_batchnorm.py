@@ -60,6 +60,7 @@ class GhostBatchNormPass(Replacing):
 
     name = "ghost-batchnorm"
     inserts = (GhostBatchNorm,)
+    absence = "no layer of it is a plain BatchNorm with running statistics"
     size: int = option(32, "samples of a part", at_least=1)
 
     def places(self, program: Program) -> Sequence[Site]:

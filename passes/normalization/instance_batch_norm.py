@@ -68,6 +68,7 @@ class InstanceBatchNormPass(Replacing):
 
     name = "instance-batch-norm"
     inserts = (InstanceBatchNorm,)
+    absence = "no layer of it is a BatchNorm with running statistics"
     share: float = option(0.5, "which part of the channels are normalized by instance", above=0, at_most=1)
 
     def places(self, program: Program) -> Sequence[Site]:

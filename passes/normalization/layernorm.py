@@ -59,6 +59,7 @@ class LayerNorm(Pass):
     """
 
     name = "layernorm"
+    absence = "no layer of it is an RMSNorm, or stands in the place of a norm"
     mode: Literal["exact", "swap"] = option("exact", "exact: where the function stays the same; swap: the plain replacement")
     where: Selector = option(Selector("*"), "layers to replace: path glob, type:, re:, !, several with |")
 

@@ -35,6 +35,7 @@ class MergeNorms(Pass):
     """
 
     name = "merge-norms"
+    absence = "no norm of it is by running statistics: power-norm, unified-norm and rep-batchnorm put them in"
     where: Selector = option(Selector("*"), "norms to fold: path glob, type:, re:, !, several with |")
 
     def contract(self) -> Contract:

@@ -48,6 +48,7 @@ class NormFree(Pass):
 
     name = "norm-free"
     inserts = (Affine,)
+    absence = "no layer of it is a LayerNorm or RMSNorm"
     activation: Literal["keep", "relu"] = option("keep", "relu: ReLU in place of every GELU")
     where: Selector = option(Selector("*"), "norms to take out: path glob, type:, re:, !, several with |")
 

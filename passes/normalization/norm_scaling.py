@@ -57,6 +57,7 @@ class NormScaling(Pass):
 
     name = "norm-scaling"
     inserts = (DepthScale,)
+    absence = "no norm stands before a branch behind the first layer"
     mode: Literal["exact", "new"] = option("exact", "exact: the layers that read the norm take √l; new: the plain scale")
     where: Selector = option(Selector("*"), "norms to scale: path glob, type:, re:, !, several with |")
 

@@ -104,6 +104,7 @@ class OnlineNormPass(Replacing):
 
     name = "online-norm"
     inserts = (OnlineNorm,)
+    absence = "no layer of it is a BatchNorm with running statistics"
     decay: float = option(0.999, "decay of the statistics with each sample", above=0, below=1)
     decay_back: float = option(0.99, "decay of the gradient's control", above=0, below=1)
 

@@ -52,6 +52,7 @@ class RMSNorm(Pass):
 
     name = "rmsnorm"
     inserts = (BiasedRMSNorm, Center, CRMSNorm, *CENTERED.values())
+    absence = "no layer of it is a LayerNorm"
     mode: Literal["exact", "swap"] = option("exact", "exact: the same function; swap: the plain replacement")
     centering: Literal["bake", "keep"] = option("bake", "bake: the weights are centered once; keep: at every call")
     compressed: bool = option(False, "true: the stream without its last unit, which the others tell")

@@ -47,6 +47,7 @@ class ScaleNormPass(Replacing):
 
     name = "scalenorm"
     inserts = (ScaleNorm,)
+    absence = "no layer of it is a LayerNorm or RMSNorm"
 
     def places(self, program: Program) -> Sequence[Norm]:
         return norms(program)

@@ -79,6 +79,7 @@ class WeightStandardization(Replacing):
 
     name = "weight-standardization"
     inserts = tuple(_KINDS.values())
+    absence = "no layer of it is a plain convolution"
     eps: float = option(1e-5, "what is added to the variance", above=0, finite=True)
 
     def places(self, program: Program) -> Sequence[Site]:

@@ -64,6 +64,7 @@ class Placing(Pass):
     A method says why it leaves a branch as it is (``obstacle``) and what it does at one (``place``).
     """
 
+    absence = "nothing is added to a residual stream"
     where: Selector = option(Selector("*"), "branches, by the path of their layers: glob, type: of their kind, re:, !")
 
     def run(self, program: Program, context: Context) -> None:

@@ -34,6 +34,7 @@ class Pointwise(Pass):
     A method says its ``curve``, by which it is calibrated, the layer (``layer_for``) and its formula (``value``).
     """
 
+    absence = "no layer of it is a LayerNorm or RMSNorm"
     method: ClassVar[str]
     """The name of the method, as its paper writes it."""
 

@@ -41,6 +41,8 @@ class RunningNorms(Replacing):
     With data the statistics start at those of what each norm is given on it. A method says the layer (``layer_with``).
     """
 
+    absence = "no layer of it is a LayerNorm or RMSNorm"
+
     def places(self, program: Program) -> Sequence[Norm]:
         return norms(program)
 

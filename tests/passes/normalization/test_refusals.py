@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite import Program, RewriteError, apply, capture
+from rewrite.pipeline.registry import get_pass, pass_names
 from tests.passes.normalization.test_layerscale import DIM, Block
 from tests.passes.normalization.test_rmsnorm import Language, Odd
 
@@ -176,6 +177,7 @@ MODELS: dict[str, Made] = {
     "pooled": (functools.partial(Pooled, nn.RMSNorm(DIM, 1e-6, elementwise_affine=False)), rows),
     "shared": (Shared, functools.partial(rows, DIM)),
     "last unit": (LastUnit, rows),
+    "plain": (lambda: nn.Sequential(LINEAR(), nn.ReLU()), rows),
     "batchnorm, twice": (Doubled, images),
     "batchnorm, no positions": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()),
@@ -284,6 +286,15 @@ def test_a_place_is_left_alone_with_its_reason(refusal: Refusal) -> None:
 def test_what_cannot_be_asked_for_is_an_error(text: str, words: str) -> None:
     with pytest.raises(RewriteError, match=words):
         apply(captured("pre"), text, verify=False)
+
+
+FAMILY = [name for name in pass_names() if ".normalization." in get_pass(name).__module__]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_model_without_a_place_is_told_what_it_lacks(name: str) -> None:
+    record = apply(captured("plain"), name, verify=False).history[-1]
+    assert [(skip.path, skip.reason) for skip in record.skipped] == [("", get_pass(name).absence)]
 
 
 def test_float16_overflows_before_it_is_scaled() -> None:
