@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +16,15 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from rewrite.errors import RewriteError, first_line
+from rewrite.graph.export import Inputs
+from rewrite.graph.nodes import fixed_size
+from rewrite.lowering.composed import composed
 from rewrite.lowering.flat import Flat
+from rewrite.lowering.layer_traces import NotComposedError
 from rewrite.numerics.sizes import dynamic_axes
 
 if TYPE_CHECKING:
-    from rewrite.graph.program import Program
+    from rewrite.graph.program import Dimension, LayerGraph, Program
 
 
 OPSET = 20
@@ -79,8 +83,29 @@ def reason(error: BaseException) -> str:
 
 
 def export_flat(program: Program, flat: Flat, inputs: Sequence[torch.Tensor], dynamic: bool) -> ExportedProgram:
-    """The flat program as torch.export has it, with the program's dynamic dimensions."""
+    """The flat program as torch.export has it, with the program's dynamic dimensions.
+
+    Where these are the free sizes of its graph, it is put together from that; else it is traced.
+    """
     free = dynamic_axes(program) if dynamic else [{} for _ in flat.inputs]
+    exported = None
+    if [{*axes} for axes in free] == _free_axes(flat.module):
+        with contextlib.suppress(NotComposedError):
+            exported = composed(flat.module, Inputs(flat.module.interface.signature, tuple(inputs), {}))
+    exported = exported or _traced(program, flat, inputs, free)
+    _settle_strides(exported)
+    return exported
+
+
+def _free_axes(module: LayerGraph) -> list[set[int]]:
+    """The axes of each input whose size a graph leaves free."""
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    return [{axis for axis, size in enumerate(value.shape) if fixed_size(size) is None} for value in values]
+
+
+def _traced(
+    program: Program, flat: Flat, inputs: Sequence[torch.Tensor], free: Sequence[Mapping[int, Dimension]]
+) -> ExportedProgram:
     shapes = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in free)
     try:
         with torch.no_grad():
@@ -95,7 +120,6 @@ def export_flat(program: Program, flat: Flat, inputs: Sequence[torch.Tensor], dy
                     f"evaluation fixes it at {dimension.size}; dynamic=False exports it with the "
                     "example's sizes"
                 )
-    _settle_strides(exported)
     return exported
 
 
@@ -155,7 +179,7 @@ def _axis_names(inputs: Sequence[str], exported: ExportedProgram) -> tuple[dict[
         names.append({})
         value = node.meta["val"]
         for axis, size in enumerate(value.shape):
-            if isinstance(size, int) or str(size) in seen:
+            if fixed_size(size) is not None or str(size) in seen:
                 continue
             seen.add(str(size))
             kind = "batch" if axis == 0 else f"axis{axis}"

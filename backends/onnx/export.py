@@ -66,9 +66,3 @@ def write(
         model.save(file, external_data=large if external_data is None else external_data)
     check_format(program, file)
     return Written(file, flat, inputs, opset or OPSET, dynamic, tolerance(exported))
-
-
-# -------------------- conversion --------------------
-
-
-# -------------------- checks --------------------

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from rewrite.graph.export import Inputs
 from rewrite.graph.fakes import call_key
-from rewrite.graph.nodes import attribute
+from rewrite.graph.nodes import attribute, fixed_size
 from rewrite.graph.ops import device_of, dtype_limit, dtype_of
 from rewrite.graph.program import LayerGraph
 from rewrite.torch_private import TrainingIRVerifier, pytree, set_guards_code
@@ -97,13 +97,23 @@ class _Composer:
         for i, leaf in enumerate(leaves):
             name, place = known.get(i, ("fixed", None))
             made = self._placeholder(name)
-            made.meta["val"] = leaf if place is None else given[place].meta["val"]
+            made.meta["val"] = leaf if place is None else self._settled(given[place].meta["val"])
             if place is not None:
                 self.values[given[place]] = made
             elif isinstance(leaf, torch.Tensor):
                 raise NotComposedError
             argument = ConstantArgument(made.name, leaf) if place is None else TensorArgument(made.name)
             self.inputs.append(InputSpec(InputKind.USER_INPUT, argument, None))
+
+    def _settled(self, value: torch.Tensor) -> torch.Tensor:
+        """An input whose fixed sizes are numbers, as an export has them, and not symbols that stand for one."""
+        sizes, strides = (
+            [fixed if (fixed := fixed_size(n)) is not None else n for n in s] for s in (value.shape, value.stride())
+        )
+        if all(type(a) is type(b) for a, b in zip(sizes, value.shape, strict=True)):
+            return value
+        with self.mode:
+            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
     def take_calls(self) -> None:
         """Operators as they are, layers as what they compute."""

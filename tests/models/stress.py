@@ -473,7 +473,7 @@ class TwoConvolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.spread, self.gather = nn.Conv2d(DIM, 3, 3, padding=1), nn.Conv2d(3, DIM, (1, 2), bias=False)
-        self.act, self.first, self.second = nn.ReLU(), nn.Conv2d(DIM, DIM, 3), nn.Conv2d(DIM, 2, 3, padding=1)
+        self.act, self.first, self.second = nn.ReLU(), nn.Conv2d(DIM, DIM, 3), nn.Conv2d(DIM, 2, (3, 2), padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(self.act(self.gather(self.spread(x)))))
