@@ -1,6 +1,6 @@
-"""Passes on small models of ten kinds, and two that no test names, as a new user runs them: by the command line alone.
+"""Passes on small models of ten kinds, and on ones that no test names, as a new user runs them: by the command line alone.
 
-    python benchmarks/as_a_user.py depth|memory|normalization [--models vit,gpt2,...] [--passes NAME,...] [--folder FOLDER]
+    python benchmarks/as_a_user.py depth|memory|normalization|strangers [--models vit,gpt2,...] [--passes NAME,...] [--folder F]
     python benchmarks/as_a_user.py normalization --letters      # A applied, L left alone, R refused, - no place, F fault
 
 Models lie in the folder as their libraries write them: timm's pickled, transformers' by `save_pretrained`. Each cell is one
@@ -95,7 +95,19 @@ NORMALIZATION = (
     "online-norm",
     "evonorm",
 )
-FAMILIES = {"depth": DEPTH, "memory": MEMORY, "normalization": NORMALIZATION}
+STRANGERS = (
+    "dyt",
+    "rmsnorm{centering=keep}",
+    "fold-affine",
+    "fold-batchnorm",
+    "few-bit",
+    "compress-activations",
+    "random-prune{sparsity=0.5}",
+    "expand{ffn=2x}",
+    "merge-linears",
+    "drop-blocks{layers=auto:1}",
+)
+FAMILIES = {"depth": DEPTH, "memory": MEMORY, "normalization": NORMALIZATION, "strangers": STRANGERS}
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,8 @@ _ENCODER = {**_SIZES, "intermediate_size": 4 * SIZE}
 _XGLM = {"d_model": SIZE, "ffn_dim": 4 * SIZE, "num_layers": 3, "attention_heads": 4, "pad_token_id": 1}
 _T5 = {"d_model": SIZE, "d_ff": 4 * SIZE, "d_kv": 16, "num_heads": 4, "num_layers": 3, "decoder_start_token_id": 0}
 _SWIN = {"img_size": 56, "window_size": 7, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+_EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 KINDS = {
     "vit": _timm("vit_tiny_patch16_224", img_size=64, depth=3),
     "convnext": _timm("convnext_atto"),
@@ -142,13 +156,25 @@ KINDS = {
     "t5": replace(_hf("T5Config", "T5ForConditionalGeneration", **_T5), is_seq2seq=True),
     "eva02": replace(_timm("eva02_tiny_patch14_224", img_size=56, depth=3), pixels=56),
     "xglm": _hf("XGLMConfig", "XGLMForCausalLM", **_XGLM),
+    "starnet_s1": _timm("starnet_s1"),
+    "mambaout_femto": _timm("mambaout_femto"),
+    "ghostnetv3_100": _timm("ghostnetv3_100"),
+    "mobilenetv4_conv_small": _timm("mobilenetv4_conv_small"),
+    "vit_rope": _timm("vit_base_patch16_rope_224", img_size=64, depth=3, embed_dim=96, num_heads=4),
+    "hunyuan": _hf("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", **_ENCODER, num_key_value_heads=2, head_dim=16),
+    "dots1": _hf("Dots1Config", "Dots1ForCausalLM", **_ENCODER, **_EXPERTS, n_shared_experts=1, num_key_value_heads=4),
+    "roc_bert": _hf("RoCBertConfig", "RoCBertForMaskedLM", **_ENCODER, enable_pronunciation=False, enable_shape=False),
+    "granite_swa": _hf("GraniteMoeSWAConfig", "GraniteMoeSWAForCausalLM", **_ENCODER, num_key_value_heads=2),
+    "youtu": _hf("YoutuConfig", "YoutuForCausalLM", **_ENCODER, **_LATENT),
 }
+#: Named by no test.
+UNNAMED = [*KINDS][[*KINDS].index("starnet_s1") :]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--models", default=",".join(KINDS))
+    parser.add_argument("--models")
     parser.add_argument("--passes", default="", help="those whose text has one of these")
     parser.add_argument("--folder", type=Path, default=Path("build/as-a-user"))
     parser.add_argument("--trust-pickle", action="store_true", help="where timm is no installed package")
@@ -158,7 +184,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     options.folder.mkdir(parents=True, exist_ok=True)
     chosen = [text for text in FAMILIES[options.family] if any(part in text for part in options.passes.split(","))]
-    names = options.models.split(",")
+    names = (options.models or ",".join(UNNAMED if options.family == "strangers" else KINDS)).split(",")
     print(f"| pass | {' | '.join(names)} |\n| --- {'| --- ' * len(names)}|", flush=True)
     notes: dict[str, dict[str, list[str]]] = {}
     for text in chosen:
