@@ -1,6 +1,6 @@
 """Passes on small models of ten kinds, and on ones that no test names, as a new user runs them: by the command line alone.
 
-    python benchmarks/as_a_user.py depth|memory|normalization|strangers [--models vit,gpt2,...] [--passes NAME,...] [--folder F]
+    python benchmarks/as_a_user.py depth|memory|normalization|strangers [--models vit,gpt2,...] [--passes NAME,...]
     python benchmarks/as_a_user.py normalization --letters      # A applied, L left alone, R refused, - no place, F fault
 
 Models lie in the folder as their libraries write them: timm's pickled, transformers' by `save_pretrained`. Each cell is one
