@@ -134,7 +134,8 @@ def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float)
     """The new form's error against the truth where it is more than SLACK times the old one's and SLACK ulps; else none.
 
     A gradient that is a sum over n positions may be off by √n / 4 times as many ulps: rounding adds up like a random walk.
-    Parameters that follow from old ones have gradients of their own, whose truth is in ``own``, the new form run exactly.
+    Parameters that follow from old ones have gradients of their own, whose truth is in ``own``, the new form run exactly:
+    their errors are held against those of all old gradients, the others against the old errors of the same ones.
     """
     outputs, theirs = (
         max((relative_error(a, b.to(a.dtype)) for a, b in zip(truth.outputs, run.outputs, strict=True)), default=0.0)
@@ -142,12 +143,15 @@ def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float)
     )
     found = Gap(outputs if outputs > SLACK * theirs + SLACK * eps else 0.0)
     positions = max((t.numel() for t in (*truth.inputs, *truth.outputs)), default=1)
-    rest = max(_relative(truth.gradients, old.gradients).values(), default=0.0)
     kept = {name: g for name, g in truth.gradients.items() if name not in new.sources}
     apart = {name: g for name, g in own.gradients.items() if name not in truth.gradients}
-    errors = {**_relative(kept, new.gradients), **_relative(apart, new.gradients)}
-    bounds = {n: SLACK * rest + SLACK * eps * _walk(positions, g) for n, g in {**kept, **apart}.items()}
-    return replace(found, gradients=max((e for name, e in errors.items() if e > bounds[name]), default=0.0))
+    too_far = [0.0]
+    for exact, old_ones in ((kept, kept), (apart, truth.gradients)):
+        rest = max(_relative(old_ones, old.gradients).values(), default=0.0)
+        for name, error in _relative(exact, new.gradients).items():
+            if error > SLACK * rest + SLACK * eps * _walk(positions, exact[name]):
+                too_far.append(error)
+    return replace(found, gradients=max(too_far))
 
 
 def _relative(truth: Mapping[str, torch.Tensor | None], got: Mapping[str, torch.Tensor | None]) -> dict[str, float]:

@@ -1,0 +1,27 @@
+"""Rounding in few digits: the new form's errors against the old one's of the same kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rewrite.proof.form import Outcome
+from rewrite.proof.judge import excess
+
+EPS = 2.0**-7
+
+
+def outcome(x: float, w: float, name: str = "w", **rest: Any) -> Outcome:
+    """Gradients of an input, of size 1, and of a weight, of size 100."""
+    gradients: dict[str, torch.Tensor | None] = {"x": torch.tensor([1.0, x]), name: torch.tensor([100.0, w])}
+    return Outcome([], [], gradients, **rest)
+
+
+@pytest.mark.parametrize(("x", "w", "too_far"), [(0.4, 3.0, False), (2.5, 3.0, True), (0.4, 50.0, True)])
+def test_gradients_are_held_against_old_ones_of_the_same_kind(x: float, w: float, too_far: bool) -> None:
+    """An input's gradient, which jumps at a ReLU's kink in both forms, beside one of a new weight that is far larger."""
+    truth, old = outcome(0.0, 0.0), outcome(0.4, 3.0)
+    new, own = outcome(x, w, "new", sources=frozenset({"w"})), outcome(0.0, 0.0, "new")
+    assert (excess(truth, old, new, own, EPS).gradients > 0) == too_far
