@@ -3,10 +3,10 @@
     python benchmarks/axes.py [--library transformers|timm] [--seconds 300] [NAME ...]
     python benchmarks/axes.py --meta LAYERS
 
-One line a model: nodes, named dimensions, how many of them can change, milliseconds of processor time of the analysis and of
-torch.export alone, operators and layers without a rule, and the check: every resizable dimension at a prime of its own, at
-once, all shapes inferred anew. `--meta`: a Llama with the sizes of 405B parameters (126 layers) on the meta device, analyzed
-and grown.
+One line a model: nodes, named dimensions, how many of them can change, milliseconds of the analysis (processor time) and of
+torch.export alone (by the clock), operators and layers without a rule, and the check: every resizable dimension at a prime
+of its own, at once, all shapes inferred anew. `--meta`: a Llama with the sizes of 405B parameters (126 layers) on the meta
+device, analyzed and grown.
 """
 
 from __future__ import annotations
