@@ -13,7 +13,11 @@ import rewrite
 from rewrite import RewriteError, apply
 from rewrite.analysis.windows import cut
 from rewrite.errors import PipelineError
+from rewrite.passes.depth.ffn_fusion import FFNFusion
+from rewrite.passes.depth.merge_linears import MergeLinears
 from tests.passes.table import Row
+
+from .test_parallel_block import Block
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -198,3 +202,14 @@ def test_layers_that_are_none_are_refused() -> None:
         fused(Stack(FFN(), FFN()), "ffn-fusion{where=7}")
     with pytest.raises(PipelineError, match="option 'where'"):
         fused(Stack(FFN(), FFN()), "ffn-fusion{where=x}")
+
+
+def test_an_ffn_beside_attention_alone_says_what_is_to_go_first() -> None:
+    model = nn.Sequential(Block(), Block())
+    skipped = {s.path: s.reason for s in fused(model, "ffn-fusion").history[0].skipped}
+    assert "drop-attention takes out what stands between" in skipped["0"]
+
+
+def test_a_model_without_a_place_says_what_it_lacks() -> None:
+    assert [s.reason for s in fused(nn.Linear(8, 8), "ffn-fusion").history[0].skipped] == [FFNFusion.absence]
+    assert [s.reason for s in fused(nn.Linear(8, 8), "merge-linears").history[0].skipped] == [MergeLinears.absence]
