@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-@torch.library.custom_op("rewrite::peeked_seed", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("rewrite::peeked_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def peeked_seed(salt: int) -> torch.Tensor:
     """A seed from the state of torch's generator and ``salt``, which is left as it was; an int64 on the CPU."""
     return torch.tensor(peek(salt))
