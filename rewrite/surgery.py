@@ -69,5 +69,5 @@ def _inferred(model: nn.Module, seed: int) -> tuple[Sequence[Any], Mapping[str, 
 
 
 def _doubts(record: Record) -> list[str]:
-    reasons = "".join(f"; {skip.path}: {skip.reason}" for skip in record.skipped[:3])
+    reasons = "".join(f"; {skip.path}: {skip.reason}" if skip.path else f": {skip.reason}" for skip in record.skipped[:3])
     return [*record.warnings, *([] if record.changed else [f"pass {record.text} changed nothing{reasons}"])]
