@@ -156,6 +156,9 @@ KINDS = {
     "t5": replace(_hf("T5Config", "T5ForConditionalGeneration", **_T5), is_seq2seq=True),
     "eva02": replace(_timm("eva02_tiny_patch14_224", img_size=56, depth=3), pixels=56),
     "xglm": _hf("XGLMConfig", "XGLMForCausalLM", **_XGLM),
+}
+#: Named by no test.
+UNNAMED = {
     "starnet_s1": _timm("starnet_s1"),
     "mambaout_femto": _timm("mambaout_femto"),
     "ghostnetv3_100": _timm("ghostnetv3_100"),
@@ -167,8 +170,7 @@ KINDS = {
     "granite_swa": _hf("GraniteMoeSWAConfig", "GraniteMoeSWAForCausalLM", **_ENCODER, num_key_value_heads=2),
     "youtu": _hf("YoutuConfig", "YoutuForCausalLM", **_ENCODER, **_LATENT),
 }
-#: Named by no test.
-UNNAMED = [*KINDS][[*KINDS].index("starnet_s1") :]
+EVERY = {**KINDS, **UNNAMED}
 
 
 def main() -> None:
@@ -212,7 +214,7 @@ def tried(folder: Path, name: str, text: str, family: str, *, trust: bool = Fals
     """What one command came to."""
     source, samples = written(folder, name)
     slug = re.sub(r"[^\w.]+", "-", f"{name}.{text}").strip("-")
-    out = folder / f"{slug}{'.pt' if family == 'memory' and KINDS[name].is_timm else '.pt2'}"
+    out = folder / f"{slug}{'.pt' if family == 'memory' and EVERY[name].is_timm else '.pt2'}"
     log = folder / f"{slug}.txt"
     if not log.exists():
         out.unlink(missing_ok=True)
@@ -245,7 +247,7 @@ def _reason(text: str) -> str:
 
 def written(folder: Path, name: str) -> tuple[Path, Path]:
     """A model's file or folder, and its samples."""
-    kind = KINDS[name]
+    kind = EVERY[name]
     source, samples = folder / (f"{name}.pt" if kind.is_timm else name), folder / f"{name}-data.pt"
     if not samples.exists():
         torch.manual_seed(0)

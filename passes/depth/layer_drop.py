@@ -41,7 +41,6 @@ class LayerDropPass(Skipping):
     """
 
     name = "layer-drop"
-    absence = "nothing is added to a residual stream"
     inserts = (LayerDrop,)
     rate: float = option(0.1, "how often a layer is left out", at_least=0, below=1)
 

@@ -85,7 +85,6 @@ class RandomLTD(Skipping):
     """
 
     name = "random-ltd"
-    absence = "nothing is added to a residual stream"
     inserts = (TokensKept, TokensSkipping, KeptAttention)
     layers: str = option(
         MIDDLE, "numbers of the layers, as `rewrite show` counts them: '1,2' or '0-3,8'; all; middle: inner ones"

@@ -31,6 +31,7 @@ class Skipping(Pass):
     A method says why it leaves a block as it is (``obstacle``) and what it does at one (``place``).
     """
 
+    absence = "nothing is added to a residual stream"
     layers: str = option(
         ALL, "numbers of the layers, as `rewrite show` counts them: '1,2' or '0-3,8'; all; middle: inner ones"
     )
