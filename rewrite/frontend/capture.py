@@ -116,7 +116,7 @@ class _Capture:
             copy, mode = fake_copy(self.model, self.dtypes)
             given = fake_inputs(self.inputs, mode, self.dtypes)
             known = known_values(self.model, self.inputs.args, dict(self.inputs.kwargs))
-            return trace(copy, given, training=False, leaves=self.leaves, known=known), True
+            return trace(copy, given, training=False, leaves=self.leaves, known=known, lines=False), True
         except RewriteError as error:
             others = ", ".join(str(d) for d in self.dtypes.values())
             self.notes.append(f"dtypes that the code names are kept as captured: in {others} {error}")
