@@ -53,7 +53,12 @@ class FFNFusion(Pass):
     without i), h what an FFN adds: into as few parts as can be, of least Σ M_ij within them, none with an M_ij above
     `dependency`. Without data it is cut at `window`.
 
-    Left alone, with the reason: norms after the addition, FFNs unlike each other, dropout inside an FFN.
+    Dropout of equal rates goes along. Behind the activation each hidden unit is dropped by a draw of its own, as before.
+    Behind the last projection one draw serves the sum, where each FFN had its own: the mean is the same, the distribution
+    is another, so that of the last step only evaluation is promised then. Without it training is held as well.
+
+    Left alone, with the reason: norms after the addition, FFNs unlike each other (other rates of dropout too), stochastic
+    depth.
 
     Source: Bercovich et al., "FFN Fusion: Rethinking Sequential Computation in Large Language Models" (arXiv 2503.18908),
     section 3 and appendix.
@@ -76,7 +81,7 @@ class FFNFusion(Pass):
             raise OptionError(f"option 'where' of pass '{self.name}': {error}", "where") from None
 
     def contract(self) -> Contract:
-        return Contract(forward=CLOSE, backward=NEW, bound=self.bound)
+        return Contract(forward=CLOSE, backward=NEW, bound=self.bound, evaluation_only=True)
 
     def steps(self, program: Program, context: Context) -> Sequence[Pass]:
         ffns = [b for b in branches(program) if b.kind in _FFN]
@@ -84,7 +89,8 @@ class FFNFusion(Pass):
         chosen = tuple(range(last)) if self.where == AUTO else numbers(self.where)
         if ffns and chosen and chosen[-1] > last:
             raise RewriteError(f"where={self.where}: the model has FFNs in layers 0 to {last}")
-        found = [run for run in _runs(ffns, chosen, _Finder(program), context) if run]
+        finder = _Finder(program)
+        found = [run for run in _runs(ffns, chosen, finder, context) if run]
         rows, told = [run for run in found if len(run) > 1], {skip.path for skip in context.skipped}
         for path in (run[0].path for run in found if len(run) == 1 and run[0].path not in told):
             context.skip(path, "no FFN to fuse is next to it: drop-attention takes out what stands between")
@@ -96,7 +102,8 @@ class FFNFusion(Pass):
         norms = [norm for run in fused for b in run for n in b.norms if (norm := norm_of(program, n)) is not None]
         affine = "|".join(norm.path for norm in norms if norm.weight is not None or norm.bias is not None)
         fold = [get_pass("fold-affine")(where=affine)] if affine else []
-        return [_Beside(text, self.bound), *fold, ShareNorms(layers), _Widen(text)]
+        redrawn = any(finder.outer(b) for run in fused for b in run)
+        return [_Beside(text, self.bound), *fold, ShareNorms(layers), _Widen(text, redrawn)]
 
     def _parts(self, run: Sequence[Branch], program: Program, context: Context) -> Iterator[Sequence[Branch]]:
         """A run, cut by data where there is some, else at the window."""
@@ -144,11 +151,12 @@ class _Finder:
             reason = self._linear(node)
             if reason:
                 return reason
-        rest = [n for n in branch.nodes if n not in (*first, down, *branch.norms) and not self._is_off(n)]
+        reason = self._dropout(branch)
+        if reason:
+            return reason
+        rest = [n for n in branch.nodes if n not in (*first, down, *branch.norms) and self._rate(n) is None]
         acts = [n for n in rest if n in branch.parts.activations]
         products = [n for n in rest if packet(n) is aten.mul]
-        if any(rate for _, rate in branch.dropouts) or any(self._drops(n) for n in rest):
-            return "it has dropout, of which one FFN has one: capture it with a rate of 0"
         straight = branch.writer is down and len(acts) == 1 and len(acts) + len(products) == len(rest)
         if not straight or len(first) != 1 + len(products) or len(products) > 1:
             return "it is more than two or three projections and an activation"
@@ -167,13 +175,37 @@ class _Finder:
             return "one has biases and the other has none"
         if repr(self.program.layer(a.act)) != repr(self.program.layer(b.act)):
             return "they have other activations"
+        if self.inner(a) != self.inner(b) or self.outer(a.branch) != self.outer(b.branch):
+            return "they have dropout of other rates, or elsewhere"
         norms = [norm_of(self.program, f.branch.norms[0]) for f in (a, b)]
         kinds = [None if n is None else (n.kind, n.shape, n.eps, n.channel_axis) for n in norms]
         return "" if kinds[0] == kinds[1] is not None else "they have other norms"
 
+    def inner(self, ffn: FFN) -> object:
+        """What lies between the projections, from the last one back: the same for FFNs whose hidden units can be stacked."""
+
+        def form(node: Node) -> object:
+            if node in ffn.first:
+                return ffn.first.index(node)
+            rate, before = self._rate(node), [form(n) for n in node.all_input_nodes]
+            return before[0] if rate == 0 else (rate or str(packet(node)), *sorted(before, key=str))
+
+        return form(ffn.down.all_input_nodes[0])
+
+    def outer(self, branch: Branch) -> tuple[float, ...]:
+        """The rates above 0 of what drops units of a branch's output."""
+        return tuple(rate for n in branch.carriers if (rate := self._rate(n)))
+
     def _ordered(self, first: tuple[Node, ...], act: Node) -> tuple[Node, ...]:
         """The projection that the activation reads, then the other one."""
-        return tuple(sorted(first, key=lambda n: n is not act.args[0]))
+        return tuple(sorted(first, key=lambda n: n is not self._source(act)))
+
+    def _source(self, node: Node) -> Node:
+        """What a node reads, without the dropouts in between."""
+        source = node.all_input_nodes[0]
+        while self._rate(source) is not None:
+            source = source.all_input_nodes[0]
+        return source
 
     def _linear(self, node: Node) -> str:
         layer = self.program.layer(node) if node.op == "call_module" else None
@@ -182,14 +214,18 @@ class _Finder:
         shared = any(len(self.names[id(p)]) > 1 for p in layer.parameters())
         return f"{node.target} is called or held elsewhere too" if shared or self.calls[str(node.target)] > 1 else ""
 
-    def _is_off(self, node: Node) -> bool:
-        """Whether a node is a dropout of rate 0."""
-        layer = self.program.layer(node) if node.op == "call_module" else None
-        return isinstance(layer, _DropoutNd) and layer.p == 0
+    def _dropout(self, branch: Branch) -> str:
+        """Which dropout of a branch one FFN in the place of several cannot have; empty if none."""
+        layers = [n for n in branch.carriers if n.op == "call_module"]
+        if any(self._rate(n) is None and type(self.program.layer(n)) is not nn.Identity for n in layers):
+            return "it is left out at random as a whole"
+        early = any(self._rate(n.all_input_nodes[0]) is not None for n in branch.parts.first)
+        return "it has dropout before its first projection" if early else ""
 
-    def _drops(self, node: Node) -> bool:
+    def _rate(self, node: Node) -> float | None:
+        """The rate of a dropout of single units, or of one that is off; None for all else."""
         layer = self.program.layer(node) if node.op == "call_module" else None
-        return bool(getattr(layer, "p", 0.0))
+        return layer.p if isinstance(layer, _DropoutNd) and (type(layer) is nn.Dropout or not layer.p) else None
 
 
 def _runs(ffns: Sequence[Branch], chosen: Sequence[int], finder: _Finder, context: Context) -> Iterator[list[Branch]]:
@@ -250,9 +286,10 @@ class _Widen(Pass):
 
     name = "widen-ffns"
     runs: str = option("", "paths of each run: 'layers.1.mlp,layers.2.mlp;layers.4.mlp,layers.5.mlp'")
+    redrawn: bool = option(False, "one dropout is drawn for the sum where each FFN had its own: training is not the same")
 
     def contract(self) -> Contract:
-        return Contract(forward=SAME, backward=SAME)
+        return Contract(forward=SAME, backward=SAME, evaluation_only=self.redrawn)
 
     def run(self, program: Program, context: Context) -> None:
         finder = _Finder(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rewrite.analysis.windows import cut
 from rewrite.errors import PipelineError
 from rewrite.passes.depth.ffn_fusion import FFNFusion
 from rewrite.passes.depth.merge_linears import MergeLinears
+from rewrite.passes.depth.stochastic_depth import StochasticDepth
 from tests.passes.table import Row
 
 from .test_parallel_block import Block
@@ -23,6 +25,7 @@ X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 ROWS = [
     Row("ffn-fusion{where='0-1'}", "llama", 20, after="drop-attention{layers=1}"),
+    Row("ffn-fusion{where='0-1'}", "gpt2", 19, after="drop-attention{layers=1}"),
     Row("ffn-fusion", "bert", 0, near_miss={"encoder.layer.0": "its norm stands after the addition"}),
     Row("ffn-fusion", "resnet18", 0),
 ]
@@ -162,14 +165,144 @@ def test_transposed_linear_layers_and_dropouts_of_rate_zero_are_fused() -> None:
     assert tuple(program.module.get_parameter("1.up.weight").shape) == (8, 32)
 
 
-def _dropout() -> nn.Module:
+class Dropping(FFN):
+    """With dropout of the hidden units, and of what is added."""
+
+    def __init__(self, inner: float = 0.0, outer: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.inner, self.outer = nn.Dropout(inner), nn.Dropout(outer)
+
+    def f(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        hidden = self.act(self.up(n)) if self.gate is None else self.inner(self.act(self.gate(n))) * self.up(n)
+        return self.down(self.inner(hidden))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.f(x))  # type: ignore[no-any-return]
+
+
+class OneForAll(Dropping):
+    """With one dropout for all FFNs of a model, inside and behind."""
+
+    dropout = nn.Dropout(0.4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.outer = self.dropout
+
+
+class ByFunction(FFN):
+    """With a functional dropout behind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.dropout(self.f(x), 0.2, self.training)
+
+
+def last_step(program: rewrite.Program) -> str:
+    return program.history[-1].steps[-1].contract
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Dropping(0.1, 0.3),
+        lambda: Dropping(0.0, 0.3, gated=True, bias=False),
+        OneForAll,
+        ByFunction,
+    ],
+    ids=["inside and behind", "behind", "one module for all", "function"],
+)
+def test_with_dropout_evaluation_is_the_parallel_form_and_training_another_draw(make: Callable[[], FFN]) -> None:
+    model = Stack(make(), make(), make())
+    program = fused(model, "ffn-fusion{where='0-2'}")
+    expected = model.eval().parallel(X, (0, 1, 2))
+    assert torch.allclose(program.module.eval()(X), expected, atol=1e-5)
+    assert last_step(program) == "forward same, backward same, evaluation only"
+    assert not torch.allclose(program.module.train()(X), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_of_hidden_units_alone_is_held_in_training_too(gated: bool) -> None:
+    model = Stack(Dropping(0.1, gated=gated), Dropping(0.1, gated=gated))
+    program = fused(model, "ffn-fusion{where='0-1'}")
+    assert last_step(program) == "forward same, backward same"
+    checks = program.history[-1].steps[-1].verification.checks  # type: ignore[union-attr]
+    assert any("in training" in check.detail for check in checks)
+
+
+def test_one_draw_drops_units_of_the_sum() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Dropping(0.0, 0.5), Dropping(0.0, 0.5)).eval()
+    program = fused(model, "ffn-fusion{where='0-1'}")
+    x = model[0](X)
+    added, total = program.module.train()(X) - x, model[1].f(x) + model[2].f(x)
+    kept = (added - 2 * total).abs() < 1e-4
+    assert bool((kept | (added.abs() < 1e-6)).all())
+    assert 0.3 < float(kept.double().mean()) < 0.7
+
+
+def test_a_fused_ffn_with_dropout_is_trained_and_read_back(tmp_path: Path) -> None:
+    program = fused(Stack(Dropping(0.1, 0.3), Dropping(0.1, 0.3)), "ffn-fusion{where='0-1'}")
+    rewrite.save(program, tmp_path / "fused.pt2")
+    again = rewrite.load(tmp_path / "fused.pt2").module
+    assert torch.equal(again.eval()(X), program.module.eval()(X))
+    optimizer = torch.optim.SGD(again.train().parameters(), 0.1)
+    before = again.get_parameter("1.up.weight").clone()
+    again(X).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(again.get_parameter("1.up.weight"), before)
+    assert {type(layer).__name__ for _, layer in program.layers()} >= {"Dropout"}
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "GPT2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16},
+    "OPT": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "T5": {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 3, "decoder_start_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_models_with_the_dropout_of_their_defaults(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=32, bos_token_id=1, eos_token_id=1, **SIZES[name])
+    assert 0.1 in config.to_dict().values()
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    tokens = torch.arange(2, 12).reshape(2, 5)
+    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if name == "T5" else {})
+    pipeline = "drop-attention{layers=1-2 bound=9},ffn-fusion{where='0-2' bound=9}"
+    program = rewrite.apply(model, pipeline, kwargs=inputs)
+    assert last_step(program) == "forward same, backward same, evaluation only"
+    rewrite.save(program, tmp_path / "fused.pt2")
+    again = rewrite.load(tmp_path / "fused.pt2").module
+    assert torch.equal(again.eval()(**inputs)[0], program.module.eval()(**inputs)[0])
+    again.train()(**inputs)[0].square().mean().backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
+def _early() -> nn.Module:
     ffn = FFN()
-    ffn.act = nn.Sequential(nn.GELU(), nn.Dropout(0.1))
+    ffn.norm = nn.Sequential(ffn.norm, nn.Dropout(0.0))  # type: ignore[assignment]
+    return ffn
+
+
+def _left_out() -> nn.Module:
+    ffn = Dropping()
+    ffn.outer = StochasticDepth(0.1)
+    return ffn
+
+
+def _alpha() -> nn.Module:
+    ffn = FFN()
+    ffn.act = nn.Sequential(nn.GELU(), nn.AlphaDropout(0.1))
     return ffn
 
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dropout": (_dropout, "it has dropout"),
+    "dropout inside": (lambda: Dropping(0.1), "they have dropout of other rates"),
+    "dropout behind": (lambda: Dropping(0.0, 0.1), "they have dropout of other rates"),
+    "dropout before": (_early, "it has dropout before its first projection"),
+    "alpha dropout": (_alpha, "it is more than two or three projections and an activation"),
+    "stochastic depth": (_left_out, "it is left out at random as a whole"),
     "gate": (lambda: FFN(gated=True), "one is gated and the other is not"),
     "activation": (lambda: FFN(act=nn.ReLU()), "they have other activations"),
     "eps": (lambda: FFN(eps=1e-3), "they have other norms"),
