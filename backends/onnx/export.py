@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rewrite.errors import RewriteError
 from rewrite.files.staging import Staging, explained
+from rewrite.graph.export import without_lines
 from rewrite.lowering.flat import examples, flattened
 
 from .check import check, check_format, on_cpu, tolerance
@@ -59,7 +60,7 @@ def write(
     if any(t.is_meta for t in [*program.module.parameters(), *program.module.buffers()]):
         raise RewriteError("a model on the meta device has no weights to export: move it to a real one")
     flat, inputs = flattened(program), examples(program)
-    with quiet():
+    with quiet(), without_lines():  # they would name files of this machine
         exported = export_flat(program, flat, inputs, dynamic)
         model = converted(program, flat, exported, opset or OPSET)
         large = weights(model) > _MOST_IN_ONE_FILE

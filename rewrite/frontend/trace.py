@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from rewrite.errors import RewriteError, named_line
 from rewrite.graph.codegen import keyword_safe
 from rewrite.graph.copies import copied
-from rewrite.graph.export import Inputs, dynamic_choices, quiet
+from rewrite.graph.export import Inputs, dynamic_choices, quiet, without_lines
 from rewrite.graph.hooks import take_down
 from rewrite.torch_private import FakeTensorMode, ShapeEnv, _BatchNorm, guards_code, output_spec, pytree
 
@@ -142,7 +142,7 @@ def trace(
 ) -> Trace:
     """Export ``model`` (an isolated copy) in one mode, with batch and token dimensions dynamic; the layers at the paths
     ``leaves`` are not looked into. ``known`` holds the values that decide branches, where the copy and inputs have none.
-    Without ``lines`` nodes do not say which lines of code made them, which takes a tenth of the time.
+    Without ``lines`` nodes do not say which lines of code made them.
 
     Raises RewriteError with torch.export's reason when no attempt succeeds.
     """
@@ -167,7 +167,7 @@ def trace(
                 foreign_draws(notes),
                 kept_whole(),
                 recorded_functions(notes),
-                mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", not lines, create=True),
+                without_lines(not lines),
             ):
                 exported = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
                 graph_module = _unlifted(exported)

@@ -8,8 +8,10 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -71,6 +73,11 @@ def dynamic_choices(inputs: Inputs) -> Iterator[Any]:
                 shapes[leaf] = dict.fromkeys(range(axes(leaf)), Dim.AUTO)
         yield shapes
     yield None
+
+
+def without_lines(off: bool = True) -> AbstractContextManager[Any]:
+    """Traces whose nodes do not say which lines of code made them: to find these takes a tenth to a fifth of the time."""
+    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", off, create=True)
 
 
 @contextlib.contextmanager
