@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.fx import Node
 
 from rewrite.analysis.blocks import Block
 from rewrite.analysis.branches import Branch, branches
+from rewrite.analysis.ffns import FFN, FFNs
 from rewrite.analysis.influence import dependencies
 from rewrite.analysis.norms import norm_of
 from rewrite.analysis.windows import cut
-from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.fakes import same_shape
 from rewrite.graph.layers import TransposedLinear
-from rewrite.graph.nodes import aten, packet
-from rewrite.graph.tree import names_of_tensors
 from rewrite.pipeline.beginning import behind
 from rewrite.pipeline.numbers import numbers
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.registry import get_pass
 from rewrite.proof.contract import CLOSE, NEW, SAME, Contract
-from rewrite.torch_private import _DropoutNd
 
 from .parallel_block import ShareNorms
 
@@ -46,8 +40,9 @@ class FFNFusion(Pass):
 
     In steps, each proven: all FFNs of a run read what the first one reads (an approximation, whose error at each FFN's input
     is measured and held against `bound`; the model wants healing afterwards); norms' weights go into the projections; one
-    norm serves all; the projections become one: up and gate below each other, down side by side, biases added, under the
-    names of the run's first FFN. Drop attention first: a run is of FFNs that nothing else stands between.
+    norm serves all; the projections become one: up and gate below each other (by halves, where one projection is both), down
+    side by side, biases added, under the names of the run's first FFN. Drop attention first: a run is of FFNs that nothing
+    else stands between.
 
     With data a run longer than `window`, or one of FFNs that depend on each other, is cut by M_ij = 1 - mean cos(h_j, h_j
     without i), h what an FFN adds: into as few parts as can be, of least Σ M_ij within them, none with an M_ij above
@@ -89,7 +84,7 @@ class FFNFusion(Pass):
         chosen = tuple(range(last)) if self.where == AUTO else numbers(self.where)
         if ffns and chosen and chosen[-1] > last:
             raise RewriteError(f"where={self.where}: the model has FFNs in layers 0 to {last}")
-        finder = _Finder(program)
+        finder = FFNs(program)
         found = [run for run in _runs(ffns, chosen, finder, context) if run]
         rows, told = [run for run in found if len(run) > 1], {skip.path for skip in context.skipped}
         for path in (run[0].path for run in found if len(run) == 1 and run[0].path not in told):
@@ -120,115 +115,7 @@ class FFNFusion(Pass):
             yield run[start:end]
 
 
-class FFN(NamedTuple):
-    """An FFN that can be fused: its first projections (gate, up or up alone), activation, last projection."""
-
-    branch: Branch
-    first: tuple[Node, ...]
-    act: Node
-    down: Node
-
-
-class _Finder:
-    """Takes FFNs apart, or says why one cannot be fused."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.calls = Counter(str(n.target) for n in program.graph.nodes if n.op == "call_module")
-        self.names = names_of_tensors(program.module)
-        self.writes = Writes(program.graph, program.module)
-
-    def ffn(self, branch: Branch) -> FFN | str:
-        """The parts of a branch, or why it must stay."""
-        first, down = branch.parts.first, branch.output
-        if branch.order == "post":
-            return "its norm stands after the addition"
-        if branch.order != "pre" or len(branch.norms) != 1 or len(branch.starts) != 1:
-            return "it has no norm at its start alone"
-        if branch.leaks:
-            return f"{branch.leaks[0].name} reads what it computes"
-        for node in (*first, down):
-            reason = self._linear(node)
-            if reason:
-                return reason
-        reason = self._dropout(branch)
-        if reason:
-            return reason
-        rest = [n for n in branch.nodes if n not in (*first, down, *branch.norms) and self._rate(n) is None]
-        acts = [n for n in rest if n in branch.parts.activations]
-        products = [n for n in rest if packet(n) is aten.mul]
-        straight = branch.writer is down and len(acts) == 1 and len(acts) + len(products) == len(rest)
-        if not straight or len(first) != 1 + len(products) or len(products) > 1:
-            return "it is more than two or three projections and an activation"
-        if any(self.writes.into(n) for n in (*branch.nodes, *branch.starts, branch.addition)):
-            return "something in it is written in place"
-        return FFN(branch, self._ordered(first, acts[0]), acts[0], down)
-
-    def like(self, a: FFN, b: FFN) -> str:
-        """In what two FFNs of a run differ; empty if they can be one."""
-        layers = [[self.program.layer(n) for n in (*f.first, f.down)] for f in (a, b)]
-        if len(a.first) != len(b.first):
-            return "one is gated and the other is not"
-        if any(type(x) is not type(y) for x, y in zip(*layers, strict=True)):
-            return "they have other kinds of linear layers"
-        if any((x.bias is None) != (y.bias is None) for x, y in zip(*layers, strict=True)):
-            return "one has biases and the other has none"
-        if repr(self.program.layer(a.act)) != repr(self.program.layer(b.act)):
-            return "they have other activations"
-        if self.inner(a) != self.inner(b) or self.outer(a.branch) != self.outer(b.branch):
-            return "they have dropout of other rates, or elsewhere"
-        norms = [norm_of(self.program, f.branch.norms[0]) for f in (a, b)]
-        kinds = [None if n is None else (n.kind, n.shape, n.eps, n.channel_axis) for n in norms]
-        return "" if kinds[0] == kinds[1] is not None else "they have other norms"
-
-    def inner(self, ffn: FFN) -> object:
-        """What lies between the projections, from the last one back: the same for FFNs whose hidden units can be stacked."""
-
-        def form(node: Node) -> object:
-            if node in ffn.first:
-                return ffn.first.index(node)
-            rate, before = self._rate(node), [form(n) for n in node.all_input_nodes]
-            return before[0] if rate == 0 else (rate or str(packet(node)), *sorted(before, key=str))
-
-        return form(ffn.down.all_input_nodes[0])
-
-    def outer(self, branch: Branch) -> tuple[float, ...]:
-        """The rates above 0 of what drops units of a branch's output."""
-        return tuple(rate for n in branch.carriers if (rate := self._rate(n)))
-
-    def _ordered(self, first: tuple[Node, ...], act: Node) -> tuple[Node, ...]:
-        """The projection that the activation reads, then the other one."""
-        return tuple(sorted(first, key=lambda n: n is not self._source(act)))
-
-    def _source(self, node: Node) -> Node:
-        """What a node reads, without the dropouts in between."""
-        source = node.all_input_nodes[0]
-        while self._rate(source) is not None:
-            source = source.all_input_nodes[0]
-        return source
-
-    def _linear(self, node: Node) -> str:
-        layer = self.program.layer(node) if node.op == "call_module" else None
-        if layer is None or type(layer) not in (nn.Linear, TransposedLinear):
-            return f"{node.target} is no plain linear layer"
-        shared = any(len(self.names[id(p)]) > 1 for p in layer.parameters())
-        return f"{node.target} is called or held elsewhere too" if shared or self.calls[str(node.target)] > 1 else ""
-
-    def _dropout(self, branch: Branch) -> str:
-        """Which dropout of a branch one FFN in the place of several cannot have; empty if none."""
-        layers = [n for n in branch.carriers if n.op == "call_module"]
-        if any(self._rate(n) is None and type(self.program.layer(n)) is not nn.Identity for n in layers):
-            return "it is left out at random as a whole"
-        early = any(self._rate(n.all_input_nodes[0]) is not None for n in branch.parts.first)
-        return "it has dropout before its first projection" if early else ""
-
-    def _rate(self, node: Node) -> float | None:
-        """The rate of a dropout of single units, or of one that is off; None for all else."""
-        layer = self.program.layer(node) if node.op == "call_module" else None
-        return layer.p if isinstance(layer, _DropoutNd) and (type(layer) is nn.Dropout or not layer.p) else None
-
-
-def _runs(ffns: Sequence[Branch], chosen: Sequence[int], finder: _Finder, context: Context) -> Iterator[list[Branch]]:
+def _runs(ffns: Sequence[Branch], chosen: Sequence[int], finder: FFNs, context: Context) -> Iterator[list[Branch]]:
     """Runs of FFNs each of which reads the sum of the one before."""
     run: list[FFN] = []
     for branch in ffns:
@@ -292,7 +179,7 @@ class _Widen(Pass):
         return Contract(forward=SAME, backward=SAME, evaluation_only=self.redrawn)
 
     def run(self, program: Program, context: Context) -> None:
-        finder = _Finder(program)
+        finder = FFNs(program)
         for run in list(_found(program, self.runs)):
             found = [finder.ffn(branch) for branch in run]
             reason = next((f for f in found if isinstance(f, str)), "")
@@ -311,17 +198,22 @@ def _widen(run: Sequence[FFN], program: Program, context: Context) -> None:
         paths = [str((*f.first, f.down)[place].target) for f in run]
         last = node is first.down
         dim = int(last != isinstance(program.layer(node), TransposedLinear))  # that one has its weight [in, out]
-        edit.set_parameter(f"{paths[0]}.weight", functools.partial(_joined, dim=dim), *(f"{p}.weight" for p in paths))
+        halves = 1 if last else first.halves
+        joined = functools.partial(_joined, dim=dim, halves=halves)
+        edit.set_parameter(f"{paths[0]}.weight", joined, *(f"{p}.weight" for p in paths))
         if program.layer(node).bias is not None:
-            edit.set_parameter(f"{paths[0]}.bias", _summed if last else _joined, *(f"{p}.bias" for p in paths))
+            bias = _summed if last else functools.partial(_joined, halves=halves)
+            edit.set_parameter(f"{paths[0]}.bias", bias, *(f"{p}.bias" for p in paths))
     edit.rewire(run[-1].branch.addition, first.branch.addition)
     others = [f.branch for f in run[1:]]
     own = (n for b in others for n in (b.addition, *b.carriers, *b.nodes) if n not in b.norms)
     edit.remove_unused([*own], first.branch.path, f"{len(others)} FFNs are part of this one")
 
 
-def _joined(*parts: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    return torch.cat(parts, dim)
+def _joined(*parts: torch.Tensor, dim: int = 0, halves: int = 1) -> torch.Tensor:
+    """All first halves, then all second ones."""
+    cut = [part.chunk(halves, dim) for part in parts]
+    return torch.cat([pieces[half] for half in range(halves) for pieces in cut], dim)
 
 
 def _summed(*parts: torch.Tensor) -> torch.Tensor:

@@ -165,6 +165,28 @@ def test_transposed_linear_layers_and_dropouts_of_rate_zero_are_fused() -> None:
     assert tuple(program.module.get_parameter("1.up.weight").shape) == (8, 32)
 
 
+class Packed(FFN):
+    """Gate and up are the halves of one projection, which comes in the order that is asked for."""
+
+    def __init__(self, gate: int = 0, bias: bool = True) -> None:
+        super().__init__(bias=bias)
+        self.up, self.place = nn.Linear(8, 32, bias=bias), gate
+
+    def f(self, x: Tensor) -> Tensor:
+        pair = self.up(self.norm(x)).chunk(2, dim=-1)
+        return self.down(self.act(pair[self.place]) * pair[1 - self.place])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gate_and_up_in_one_are_stacked_by_halves(gate: int, bias: bool) -> None:
+    model = Stack(*(Packed(gate, bias) for _ in range(3))).double()
+    program = apply(model, "ffn-fusion{where='0-2'}", args=(X.double(),))
+    assert torch.allclose(program.module(X.double()), model.parallel(X.double(), (0, 1, 2)), rtol=1e-12, atol=1e-12)
+    assert program.module.get_submodule("1.up").out_features == 96
+    assert program.history[-1].steps[-1].contract == "forward same, backward same"
+
+
 class Dropping(FFN):
     """With dropout of the hidden units, and of what is added."""
 
@@ -303,10 +325,16 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout before": (_early, "it has dropout before its first projection"),
     "alpha dropout": (_alpha, "it is more than two or three projections and an activation"),
     "stochastic depth": (_left_out, "it is left out at random as a whole"),
-    "gate": (lambda: FFN(gated=True), "one is gated and the other is not"),
+    "gate": (lambda: FFN(gated=True), "one is gated, or has gate and up in one"),
     "activation": (lambda: FFN(act=nn.ReLU()), "they have other activations"),
     "eps": (lambda: FFN(eps=1e-3), "they have other norms"),
 }
+
+
+def test_gate_and_up_in_another_order_are_left_alone() -> None:
+    (record,) = fused(Stack(Packed(0), Packed(1)), "ffn-fusion{where='0-1'}").history
+    assert not record.changed
+    assert any("gate and up in another order" in s.reason for s in record.skipped)
 
 
 @pytest.mark.parametrize("name", REASONS)
