@@ -22,6 +22,10 @@ def dtype_limit(tensor: torch.Tensor, name: str) -> float:
     return float(getattr(torch.finfo(tensor.dtype), name))
 
 
+FOLLOWING = (device_of, dtype_of, dtype_limit)
+"""All of them."""
+
+
 def limit_name(value: float, dtype: torch.dtype) -> str | None:
     """Which limit of ``dtype`` the number ``value`` is: ``min``, ``tiny``, ..., or None."""
     info = torch.finfo(dtype)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -13,11 +14,14 @@ from rewrite.errors import RewriteError
 
 from . import meta
 from .nodes import attribute
+from .ops import FOLLOWING
 from .program import Container
 from .renumber import in_order, renamed, stacked
 
 if TYPE_CHECKING:
     from .edit import Editor
+
+_OF_FORM = (torch.ops.aten.sym_size.int, *FOLLOWING)
 
 
 def span(first: Node, last: Node, path: str) -> list[Node]:
@@ -37,15 +41,35 @@ def span(first: Node, last: Node, path: str) -> list[Node]:
     return list(inside)
 
 
+def for_others(nodes: Sequence[Node], first: Node) -> set[Node]:
+    """Of a span the values that do not follow from ``first`` (its sizes, device and dtype aside) and that nodes outside of
+    it read too, with what leads to them: the position bias that one block makes and all blocks read.
+    """
+    following = {first}
+    for node in nodes:
+        if node.target not in _OF_FORM and following.intersection(node.all_input_nodes):
+            following.add(node)
+    inside, found = {*nodes}, set[Node]()
+    for node in reversed(nodes):
+        if node not in following and any(
+            user in found or (user not in inside and user.op != "output") for user in node.users
+        ):
+            found.add(node)
+    return found
+
+
 def repeat(edit: Editor, path: str, to: str, nodes: Sequence[Node], first: Node, last: Node, after: Node) -> Node:
     """Copy the module at ``path`` to the free path ``to``, and run ``nodes`` once more with it on the value ``after``,
-    which takes the place of ``first``. What read ``after`` reads the new value; the node of it.
+    which takes the place of ``first``. What read ``after`` reads the new value; the node of it. What the module makes for
+    others (see `for_others`) is made once, and the copy is without its layers.
 
     Raises RewriteError where the module shares a tensor with another one.
     """
     old = attribute(edit.program.module, path)
     _check_alone(edit, path, old)
-    _hang(edit, to, copy.deepcopy(old))
+    given = for_others(nodes, first)
+    nodes = [node for node in nodes if node not in given]
+    _hang(edit, to, _without(copy.deepcopy(old), {str(n.target) for n in given} - {str(n.target) for n in nodes}, path))
     names = {path: to}
     made: dict[Node, Node] = {first: after}
     spot = after
@@ -61,6 +85,16 @@ def repeat(edit: Editor, path: str, to: str, nodes: Sequence[Node], first: Node,
     users = set(made.values())
     edit.rewire(after, made[last], lambda user: user not in users)
     return made[last]
+
+
+def _without(module: nn.Module, paths: Collection[str], path: str) -> nn.Module:
+    """A module that stood at ``path``, without its parts at some paths."""
+    for below in (p.removeprefix(f"{path}.") for p in paths if p.startswith(f"{path}.")):
+        parent, _, name = below.rpartition(".")
+        holder = module.get_submodule(parent)
+        if name in holder._modules:
+            del holder._modules[name]
+    return module
 
 
 def _check_alone(edit: Editor, path: str, module: nn.Module) -> None:

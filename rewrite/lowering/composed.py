@@ -21,14 +21,12 @@ from torch.fx import Graph, Node
 from rewrite.graph.export import Inputs
 from rewrite.graph.fakes import call_key
 from rewrite.graph.nodes import attribute, fixed_size
-from rewrite.graph.ops import device_of, dtype_limit, dtype_of
+from rewrite.graph.ops import FOLLOWING
 from rewrite.graph.program import LayerGraph
 from rewrite.torch_private import TrainingIRVerifier, pytree, set_guards_code
 
 from .convention import argument_names, guards, output, places, ranges
 from .layer_traces import NotComposedError, Trace, check_same, is_code, is_plain, mode_of, traced
-
-_FOLLOWING = (device_of, dtype_of, dtype_limit)
 
 
 def composed(module: LayerGraph, inputs: Inputs) -> ExportedProgram:
@@ -131,7 +129,7 @@ class _Composer:
         args, kwargs = given
         if node.target is operator.getitem and not isinstance(args[0], Node):
             return args[0][args[1]]
-        if node.target in _FOLLOWING:  # of a tensor, what an export writes out
+        if node.target in FOLLOWING:  # of a tensor, what an export writes out
             return node.target(*torch.fx.map_arg(args, lambda known: known.meta["val"]))
         if not is_plain(node.target):
             raise NotComposedError

@@ -214,6 +214,40 @@ def test_layers_are_numbered_in_order(text: str, olds: tuple[int, int]) -> None:
     assert copied == ("copy" in text)
 
 
+class Biased(nn.Module):
+    """Blocks that all use a bias by distance, which the first one makes, as T5's do."""
+
+    class Block(nn.Module):
+        def __init__(self, makes: bool) -> None:
+            super().__init__()
+            self.norm, self.mix, self.out = nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+            self.bias = nn.Embedding(5, 1) if makes else None
+
+        def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            if self.bias is not None:
+                places = torch.arange(x.shape[1])
+                bias = self.bias((places[:, None] - places[None]).abs().clamp(max=4)).squeeze(-1)
+            assert bias is not None
+            return x + self.out(bias.softmax(-1) @ self.mix(self.norm(x))), bias
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block(makes) for makes in (True, False))
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for layer in self.layers:
+            x, bias = layer(x, bias)
+        return self.norm(x)
+
+
+def test_what_a_block_makes_for_all_is_made_once() -> None:
+    after = apply(Biased(), "expand{layers=2x}", args=(torch.randn(2, 6, DIM),))
+    assert [name for name in names(after) if "bias.weight" in name] == ["layers.0.bias.weight"]
+    assert sum(name.endswith("mix.weight") for name in names(after)) == 4
+
+
 def test_all_six_at_once_train_on() -> None:
     text = "expand{ffn=2x heads=+1 head_dim=+2 value_dim=+1 hidden=30 layers=+3}"
     gradients = trained(apply(model(), text), steps=3)
