@@ -32,7 +32,8 @@ class LayerDropPass(Skipping):
     """Leave whole layers out at random in training: y = x with probability rate, else the layer's output, one draw a call.
 
     Nothing is scaled, as in the paper: a model trained so stands dropping layers afterwards (``drop-blocks``). Evaluation
-    stays the same. A layer that is left out is computed all the same: the graph is one for all draws, time is not saved.
+    stays the same. A layer that is left out is computed all the same: the graph is one for all draws, time is not saved. So
+    is its gradient, which is zeros, not None: an optimizer's momentum and decay move its weights in that step, too.
 
     Left alone, with the reason: blocks with norms after the additions, blocks that change the shape.
 

@@ -1,20 +1,23 @@
-"""Activations between convolutions dropped and the convolutions made one, where that saves time at little error."""
+"""Convolutions, and activations between them, dropped and the others made one, where that saves time at little error."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
-from rewrite.analysis.segments import Segment, best_segments
+from rewrite.analysis.segments import LONGEST, Segment, SegmentValues, best_segments
 from rewrite.analysis.sites import sites
+from rewrite.analysis.writes import Writes
 from rewrite.errors import RewriteError
 from rewrite.graph.nodes import tensor_value
 from rewrite.graph.tree import on_meta
@@ -29,33 +32,35 @@ if TYPE_CHECKING:
     from rewrite.pipeline.context import Context
 
 _ACTIVATIONS = (nn.ReLU, nn.Hardtanh, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Mish)
-LONGEST = 4
-"""How many convolutions become one at most: kernels grow with each."""
 
 
 @dataclass(frozen=True)
 class LayerMerge(Pass):
-    """Drop activations between convolutions and make the convolutions one, at the least error that `speedup` allows.
+    """Drop activations and convolutions and make those in a row one, at the least error that `speedup` allows.
 
     Runs of convolutions with nothing but activations between them are cut into segments of up to 4, each of which becomes
-    one convolution, as `merge-convs{hoist=true}` makes it. A segment's time is that of the one convolution, measured here
-    (``latency=flops``: its multiplications, the same on every machine); its error is what its output moves, relative, root
-    mean square, when the activations in it are dropped, on the data or else on the example inputs. Of all ways to cut, the
-    one with the least sum of errors whose time is at most that of all these convolutions over `speedup` is taken, by dynamic
-    programming. What is left is an approximation: it is held against ``bound`` and wants healing (`--heal`).
+    one convolution, as `merge-convs{hoist=true}` makes it. With `drop` any of its convolutions that give the shape they read
+    may go as a whole, y = x; where all go, the activation before them does, too. A segment's time is that of the one
+    convolution, measured here (``latency=flops``: its multiplications, the same on every machine), none where all go; its
+    error is what its output moves, relative, root mean square, when its activations and those convolutions are dropped, on
+    the data or else on the example inputs. Of all ways to cut and to drop, the one with the least sum of errors whose time
+    is at most that of all these convolutions over `speedup` is taken, by dynamic programming, of those whose errors at what
+    reads something dropped stay within ``bound`` on the example inputs. What is left is an approximation: it is held
+    against ``bound`` and wants healing (`--heal`).
 
     Left alone, with the reason: convolutions that `merge-convs` leaves alone. Fold BatchNorm before it (`fold-batchnorm`).
     A speedup that no way of cutting reaches is refused, with the one that can be reached.
 
     Source: Kim et al., "LayerMerge: Neural Network Depth Compression through Layer Pruning and Merging", ICML 2024
-    (arXiv 2406.12837). There whole convolutions may go as well, and importance is measured by training on.
+    (arXiv 2406.12837). There importance is measured by training on.
     """
 
     name = "layer-merge"
     absence = "no convolution reads another, or its activation: fold-batchnorm takes norms out between them"
     speedup: float = option(1.5, "how many times faster the convolutions are to be together", above=1, at_most=100)
     latency: Literal["measured", "flops"] = option("measured", "what their time is: measured here, or multiplications")
-    bound: float = option(1.0, "largest error of what a convolution gives, relative, root mean square", above=0)
+    drop: bool = option(True, "convolutions that keep the shape may go as a whole, too")
+    bound: float = option(1.0, "largest error of what reads something dropped, relative, root mean square", above=0)
     where: Selector = option(
         Selector("*"), "runs of convolutions, by the path of the first: path glob, type:, re:, !, with |"
     )
@@ -64,25 +69,33 @@ class LayerMerge(Pass):
         return Contract(forward=CLOSE, backward=NEW, bound=self.bound)
 
     def steps(self, program: Program, context: Context) -> Sequence[Pass]:
-        runs = [run.links for run in context.choose(list(_runs(program, context)), self.where)]
-        layers = [link for run in runs for link in run]
+        runs = context.choose(list(_runs(program, context)), self.where)
+        layers = [link for run in runs for link in run.links]
         if not layers:
             return []
         if on_meta(program.module):
             raise RewriteError("layer-merge weighs convolutions by what they give: a model on the meta device has no values")
-        allowed = list(_allowed(runs))
-        times = {s: _time(layers[s[0] : s[1] + 1], self.latency) for s in allowed}
-        errors = _errors(program, layers, allowed, context)
+        droppable = _droppable(runs, program) if self.drop else set()
+        allowed = list(_allowed(runs, droppable))
+        row = [(link.path, link.activation is not None) for link in layers]
+        example = SegmentValues(program, row, program.example_args, program.example_kwargs)
+        call = None if context.data is None else next(iter(context.data), None)
+        values = example if call is None else SegmentValues(program, row, call.args, call.kwargs)
+        allowed = [s for s in allowed if example.largest(s) <= self.bound]
+        errors = {s: values.error(s) for s in allowed}
+        clock = _multiplications if self.latency == "flops" else functools.cache(_measured)
+        times = {s: clock(_made(kept)) if (kept := _kept(s, layers)) else 0.0 for s in allowed}
         total = sum(times[i, i] for i in range(len(layers)))
         found = best_segments(len(layers), times, errors, total / self.speedup)
         if found is None:
             least = best_segments(len(layers), times, times, total)
             reach = total / sum(times[s] for s in least) if least else 1.0
             out = f"layer-merge: speedup={self.speedup:g} of these convolutions is out of reach"
-            raise RewriteError(f"{out}: {reach:.2f} is the most (latency={self.latency})")
-        chosen = [layers[first : last + 1] for first, last in found if last > first]
-        context.measure("convolutions", before=len(layers), after=len(found), speedup=total / sum(times[s] for s in found))
-        return list(_merging(chosen, self.bound))
+            raise RewriteError(f"{out}: {reach:.2f} is the most (latency={self.latency}, bound={self.bound:g})")
+        left, spent = [s for s in found if _kept(s, layers)], sum(times[s] for s in found)
+        gained = {"speedup": total / spent} if spent else {}
+        context.measure("convolutions", before=len(layers), after=len(left), **gained)
+        return list(_merging(found, layers, self.bound))
 
 
 class Link(NamedTuple):
@@ -126,17 +139,52 @@ def _runs(program: Program, context: Context) -> Iterator[Run]:
         yield Run(site.path, site.types, links)
 
 
-def _allowed(runs: Sequence[Sequence[Link]]) -> Iterator[Segment]:
-    """Every segment of up to LONGEST convolutions of one run, by their numbers in all runs."""
+def _droppable(runs: Sequence[Run], program: Program) -> set[Node]:
+    """Convolutions that can go: what they give has the shape of what they read, and nothing writes into that then."""
+    writes, found = Writes(program.graph, program.module), set[Node]()
+    for run in runs:
+        written = any(writes.into(link.node) for link in run.links)
+        for place, link in enumerate(run.links):
+            given, value = tensor_value(link.node.all_input_nodes[0]), tensor_value(link.node)
+            keeps = given is not None and value is not None and str(given.shape) == str(value.shape)
+            if keeps and (place or not written):
+                found.add(link.node)
+    return found
+
+
+def _allowed(runs: Sequence[Run], droppable: Collection[Node]) -> Iterator[Segment]:
+    """Every segment of up to LONGEST convolutions of one run, by their numbers in all runs, with each choice to drop."""
     start = 0
     for run in runs:
-        for i in range(len(run)):
-            yield from ((start + i, start + j) for j in range(i, min(i + LONGEST, len(run))))
-        start += len(run)
+        able = [start + i for i, link in enumerate(run.links) if link.node in droppable]
+        for i in range(start, start + len(run.links)):
+            for j in range(i, min(i + LONGEST, start + len(run.links))):
+                inside = [n for n in able if i <= n <= j]
+                for size in range(len(inside) + 1):
+                    yield from ((i, j, *gone) for gone in itertools.combinations(inside, size))
+        start += len(run.links)
 
 
-def _time(segment: Sequence[Link], latency: str) -> float:
-    """Seconds, or multiplications, of the one convolution that a segment becomes."""
+def _kept(segment: Segment, layers: Sequence[Link]) -> list[Link]:
+    """The convolutions of a segment that are not dropped."""
+    first, last, *gone = segment
+    return [layers[i] for i in range(first, last + 1) if i not in gone]
+
+
+class Made(NamedTuple):
+    """The one convolution that a segment becomes: its class and sizes, the shapes that it reads and gives."""
+
+    kind: type[Any]
+    channels: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    given: tuple[int, ...]
+    value: tuple[int, ...]
+    like: tuple[torch.dtype, torch.device]
+
+
+def _made(segment: Sequence[Link]) -> Made:
     first, kernel, apart = segment[0].layer, segment[0].layer.kernel_size, segment[0].layer.stride
     for link in segment[1:]:
         join = Join(tuple(s * d for s, d in zip(apart, link.layer.dilation, strict=True)), (1,) * len(kernel), 1)
@@ -145,18 +193,21 @@ def _time(segment: Sequence[Link], latency: str) -> float:
     given, value = tensor_value(segment[0].node.all_input_nodes[0]), tensor_value(segment[-1].node)
     assert given is not None
     assert value is not None
-    out = segment[-1].layer.out_channels
-    if latency == "flops":
-        return float(math.prod(map(int, value.shape)) * math.prod(kernel) * first.in_channels / first.groups)
-    padding = tuple(k // 2 for k in kernel)
-    made = type(first)(first.in_channels, out, kernel, apart, padding, groups=first.groups).to(first.weight)
-    return _measured(made, torch.zeros(tuple(map(int, given.shape)), dtype=first.weight.dtype, device=first.weight.device))
+    sizes = [tuple(map(int, tensor.shape)) for tensor in (given, value)]
+    channels, like = (first.in_channels, segment[-1].layer.out_channels), (first.weight.dtype, first.weight.device)
+    return Made(type(first), channels, kernel, apart, first.groups, sizes[0], sizes[1], like)
+
+
+def _multiplications(made: Made) -> float:
+    return float(math.prod(made.value) * math.prod(made.kernel) * made.channels[0] / made.groups)
 
 
 @torch.no_grad()
-def _measured(layer: nn.Module, x: Tensor) -> float:
-    """The median of nine calls."""
-    times = []
+def _measured(made: Made) -> float:
+    """Seconds: the median of nine calls."""
+    padding, (dtype, device) = tuple(k // 2 for k in made.kernel), made.like
+    layer = made.kind(*made.channels, made.kernel, made.stride, padding, groups=made.groups, dtype=dtype, device=device)
+    x, times = torch.zeros(made.given, dtype=dtype, device=device), []
     for _ in range(10):
         began = time.perf_counter()
         layer(x)
@@ -164,48 +215,16 @@ def _measured(layer: nn.Module, x: Tensor) -> float:
     return statistics.median(times[1:])
 
 
-@torch.no_grad()
-def _errors(
-    program: Program, layers: Sequence[Link], allowed: Sequence[Segment], context: Context
-) -> Mapping[Segment, float]:
-    """‖y' - y‖ / ‖y‖ of each segment's output without its activations, from what flows into it."""
-    module, inputs = program.clone().module.eval(), dict[str, Tensor]()
-
-    def noting(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[path] = args[0].detach().clone()
-
-        return note
-
-    hooks = [module.get_submodule(link.path).register_forward_pre_hook(noting(link.path)) for link in layers]
-    call = None if context.data is None else next(iter(context.data), None)
-    args, kwargs = (program.example_args, program.example_kwargs) if call is None else (call.args, call.kwargs)
-    module(*args, **kwargs)
-    for hook in hooks:
-        hook.remove()
-    found = {}
-    for first, last in allowed:
-        segment = layers[first : last + 1]
-        true, plain = (_through(segment, module, inputs[segment[0].path], keep) for keep in (True, False))
-        found[first, last] = float((plain - true).norm() / true.norm().clamp_min(1e-30))
-    return found
-
-
-def _through(segment: Sequence[Link], module: nn.Module, x: Tensor, keep: bool) -> Tensor:
-    for i, link in enumerate(segment):
-        if i and keep and link.activation is not None:
-            x = module.get_submodule(str(link.activation.target))(x.clone())
-        x = module.get_submodule(link.path)(x)
-    return x
-
-
-def _merging(chosen: Sequence[Sequence[Link]], bound: float) -> Iterator[Pass]:
-    """The passes that do it: activations dropped, then pair by pair padding hoisted and convolutions merged."""
-    dropped = [str(link.activation.target) for run in chosen for link in run[1:] if link.activation is not None]
-    if dropped:
-        yield _Drop(",".join(dropped), bound)
-    for number in range(1, max(map(len, chosen), default=0)):
-        pairs = [(run[:number], run[number]) for run in chosen if number < len(run)]
+def _merging(found: Sequence[Segment], layers: Sequence[Link], bound: float) -> Iterator[Pass]:
+    """The passes that do it: activations and convolutions dropped, then pair by pair padding hoisted and the two merged."""
+    runs = [_kept(segment, layers) for segment in found]
+    gone = [layers[i].path for _, _, *those in found for i in those]
+    behind = [layers[i] for first, last, *those in found for i in range(first + (len(those) <= last - first), last + 1)]
+    acts = [link.path for link in behind if link.activation is not None]
+    if acts or gone:
+        yield _Drop(",".join(acts), ",".join(gone), bound)
+    for number in range(1, max(map(len, runs), default=0)):
+        pairs = [(run[:number], run[number]) for run in runs if number < len(run)]
         padded = [second.path for before, second in pairs if any(_pads(link, second) for link in before)]
         if padded:
             yield _Hoist(",".join(padded), bound)
@@ -218,18 +237,21 @@ def _pads(first: Link, second: Link) -> bool:
 
 @dataclass(frozen=True)
 class _Drop(Pass):
-    """Activations dropped."""
+    """Activations and convolutions dropped: y = x."""
 
     name = "drop-activations"
-    paths: str = option("", "their paths")
+    before: str = option("", "paths of the convolutions that read the activations to drop")
+    convs: str = option("", "paths of the convolutions to drop")
     bound: float = option(1.0, "largest error of what reads them, relative, root mean square")
 
     def contract(self) -> Contract:
         return Contract(forward=CLOSE, backward=NEW, bound=self.bound)
 
     def run(self, program: Program, context: Context) -> None:
+        before, convs = self.before.split(","), self.convs.split(",")
         for node, _ in list(program.layers()):
-            if str(node.target) in self.paths.split(","):
-                context.edit.rewire(node, node.all_input_nodes[0])
-                context.edit.remove_unused([node], str(node.target), "dropped")
+            acts = [*node.all_input_nodes[:1]] if str(node.target) in before else []
+            for gone in [*acts, node] if str(node.target) in convs else acts:
+                context.edit.rewire(gone, gone.all_input_nodes[0])
+                context.edit.remove_unused([gone], str(gone.target), "dropped")
         context.edit.sweep()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from rewrite.graph.program import Program
+
+LONGEST = 4
+"""How many layers become one at most: kernels grow with each."""
 LEVELS = 400
 """In how many steps the budget is counted."""
-Segment = tuple[int, int]
-"""The first and the last layer of a segment, by number."""
+Segment = tuple[int, ...]
+"""The first and the last layer of a segment, by number, and behind them those in it that are left out."""
 
 
 def best_segments(
@@ -16,22 +25,23 @@ def best_segments(
 ) -> tuple[Segment, ...] | None:
     """The segments of ``count`` layers in a row with Σ seconds <= budget and the least Σ errors; None where none fits.
 
-    ``seconds`` and ``errors`` hold the segments that are allowed. D[k, t] is the least error of the first k layers within t
-    of LEVELS steps of the budget: D[k, t] = min over segments (i, k - 1) of D[i, t - seconds] + error. A segment's time is
-    rounded to whole steps.
+    ``seconds`` and ``errors`` hold the segments that are allowed, each in as many ways as it can be made. D[k, t] is the
+    least error of the first k layers within t of LEVELS steps of the budget: D[k, t] = min over segments (i, k - 1, ...) of
+    D[i, t - seconds] + error. A segment's time is rounded to whole steps.
 
-    Source: Kim et al., "LayerMerge", ICML 2024 (arXiv 2406.12837), section 4, whose table this is for one kind of choice.
+    Source: Kim et al., "LayerMerge", ICML 2024 (arXiv 2406.12837), section 4.
     """
     step = budget / LEVELS
     steps = {segment: round(time / step) for segment, time in seconds.items()}
     best: list[list[tuple[float, Segment | None]]] = [[(0.0, None)] * (LEVELS + 1)]
     for end in range(1, count + 1):
         row: list[tuple[float, Segment | None]] = []
+        ending = [segment for segment in steps if segment[1] == end - 1]
         for level in range(LEVELS + 1):
             ways = [
-                (best[i][level - steps[i, end - 1]][0] + errors[i, end - 1], (i, end - 1))
-                for i in range(end)
-                if (i, end - 1) in steps and steps[i, end - 1] <= level
+                (best[segment[0]][level - steps[segment]][0] + errors[segment], segment)
+                for segment in ending
+                if steps[segment] <= level
             ]
             row.append(min(ways, default=(math.inf, None)))
         best.append(row)
@@ -48,3 +58,60 @@ def _traced(
         found.append(segment)
         count, level = segment[0], level - steps[segment]
     return found[::-1]
+
+
+class SegmentValues:
+    """What flows into and out of each of some layers in one call of a program, and how far segments of them move that.
+
+    ``row`` has the path of each layer, and whether an activation stands before it, behind the layer before.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, program: Program, row: Sequence[tuple[str, bool]], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        module = program.clone().module.eval()
+        self.layers: list[nn.Module] = [module.get_submodule(path) for path, _ in row]
+        self.activated = [activated for _, activated in row]
+        self.given, self.value = dict[int, Tensor](), dict[int, Tensor]()
+        self.merged = functools.lru_cache(maxsize=2**LONGEST)(self._merged)
+        hooks = [layer.register_forward_hook(self._noting(i)) for i, layer in enumerate(self.layers)]
+        module(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+
+    def error(self, segment: Segment) -> float:
+        """‖y' - y‖ / ‖y‖ of a segment's output without its activations and what is left out."""
+        first, last, *gone = segment
+        kept = tuple(i for i in range(first, last + 1) if i not in gone)
+        return _apart(self.merged(first, kept) if kept else self._begun(segment), self.value[last])
+
+    def largest(self, segment: Segment) -> float:
+        """The largest ‖x' - x‖ / ‖x‖ of what reads something that is left out, with all before that as it was."""
+        first, last, *gone = segment
+        held, found = self._begun(segment), [0.0]
+        for i in (i for i in range(first, last + 1) if i not in gone):
+            found.append(_apart(held, self.given[i]))
+            held = self.value[i]
+        return max(*found, _apart(held, self.value[last]))
+
+    def _noting(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(_: nn.Module, args: tuple[Tensor, ...], value: Tensor) -> None:
+            self.given[number], self.value[number] = args[0].detach().clone(), value.detach().clone()
+
+        return note
+
+    def _begun(self, segment: Segment) -> Tensor:
+        """What a segment reads; before its activation, where that goes as well, since nothing of the segment stays."""
+        first, last, *gone = segment
+        return self.value[first - 1] if self.activated[first] and len(gone) > last - first else self.given[first]
+
+    @torch.no_grad()
+    def _merged(self, first: int, kept: tuple[int, ...]) -> Tensor:
+        x = self.merged(first, kept[:-1]) if len(kept) > 1 else self.given[first]
+        value: Tensor = self.layers[kept[-1]](x)
+        return value
+
+
+def _apart(found: Tensor, true: Tensor) -> float:
+    return float((found - true).norm() / true.norm().clamp_min(1e-30))

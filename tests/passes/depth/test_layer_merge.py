@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewrite import RewriteError, apply
 from rewrite.analysis.segments import LEVELS, best_segments
@@ -34,17 +34,96 @@ def ways(count: int) -> list[list[tuple[int, int]]]:
     return [[(a, b - 1) for a, b in itertools.pairwise([0, *cut, count])] for cut in cuts]
 
 
-def test_the_cut_is_the_best_of_all() -> None:
+def choices(way: list[tuple[int, int]]) -> list[list[tuple[int, ...]]]:
+    """Every choice of what to leave out of the segments of a cut."""
+    sets = [[set_ for n in range(b - a + 2) for set_ in itertools.combinations(range(a, b + 1), n)] for a, b in way]
+    return [[(*s, *gone) for s, gone in zip(way, those, strict=True)] for those in itertools.product(*sets)]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_cut_is_the_best_of_all(drop: bool) -> None:
     generator = torch.Generator().manual_seed(0)
+    count = 4 if drop else 6
+    every = [way for cut in ways(count) for way in (choices(cut) if drop else [cut])]
+    segments = sorted({s for way in every for s in way})
     for _ in range(20):
-        every = [(i, j) for i in range(6) for j in range(i, 6)]
         step = 1.0 / LEVELS
-        times = {s: step * int(torch.randint(40, 160, (), generator=generator)) for s in every}
-        errors = {s: float(torch.rand((), generator=generator)) * (s[1] - s[0]) for s in every}
-        found = best_segments(6, times, errors, 1.0)
-        within = [way for way in ways(6) if sum(times[s] for s in way) <= 1.0 + step / 4]
+        times = {s: step * int(torch.randint(60, 240, (), generator=generator)) / (len(s) - 1) for s in segments}
+        times = {s: step * round(seconds / step) for s, seconds in times.items()}
+        errors = {s: float(torch.rand((), generator=generator)) * (s[1] - s[0] + len(s) - 2) for s in segments}
+        found = best_segments(count, times, errors, 1.0)
+        within = [way for way in every if sum(times[s] for s in way) <= 1.0 + step / 4]
         best = min((sum(errors[s] for s in way) for way in within), default=math.inf)
         assert (math.inf if found is None else sum(errors[s] for s in found)) == pytest.approx(best)
+
+
+class Row1x1(nn.Module):
+    """Four convolutions of size 1 with one activation for all: what becomes of them can be told by hand."""
+
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(*size, 1) for size in ((3, 4), (4, 4), (4, 6), (6, 6)))
+        self.act, self.norm = act or nn.GELU(), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs[:-1]:
+            x = self.act(conv(x))
+        return self.act(self.norm(self.convs[-1](x)))  # type: ignore[no-any-return]
+
+    def cut(self, x: Tensor, way: list[tuple[int, ...]]) -> tuple[Tensor, float, float]:
+        """Its value, the sum of errors, and the multiplications a pixel of a way to cut it and to leave some out."""
+        true, error, cost = x, 0.0, 0
+        for first, last, *gone in way:
+            kept = [i for i in range(first, last + 1) if i not in gone]
+            flows = lambda value, first=first: self.act(value) if first else value  # noqa: E731
+            x, own = (self._plain(flows(v) if kept else v, kept) for v in (x, true))
+            for i in range(first, last + 1):
+                true = self.convs[i](self.act(true) if i else true)
+            error += float((own - true).norm() / true.norm())
+            cost += self.convs[kept[0]].in_channels * self.convs[kept[-1]].out_channels if kept else 0
+        return self.act(self.norm(x)), error, cost
+
+    def _plain(self, x: Tensor, kept: list[int]) -> Tensor:
+        for i in kept:
+            x = self.convs[i](x)
+        return x
+
+
+@pytest.mark.parametrize("speedup", [1.2, 1.6, 2.0, 3.0])
+def test_what_is_made_is_the_best_of_all_ways_to_cut_and_to_drop(speedup: float) -> None:
+    model = Row1x1().eval()
+    every = [way for cut in ways(4) for way in choices(cut) if not {0, 2} & {n for s in way for n in s[2:]}]
+    with torch.no_grad():
+        tried = [model.cut(X, way) for way in every]
+        value, _, _ = min((t for t in tried if t[2] <= (12 + 16 + 24 + 36) / speedup), key=lambda t: t[1])
+    program = apply(model, f"layer-merge{{speedup={speedup} latency=flops bound=99}}", args=(X,))
+    assert torch.allclose(program.module.eval()(X), value, atol=1e-4)
+
+
+def test_a_convolution_goes_and_one_call_of_an_activation_that_others_share() -> None:
+    model = Row1x1(nn.ReLU()).eval()
+    with torch.no_grad():  # the second gives what it reads, which is above 0 already
+        model.convs[1] = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        nn.init.dirac_(model.convs[1].weight)  # type: ignore[arg-type]
+    program = apply(model, "layer-merge{speedup=2 latency=flops}", args=(X,))
+    left = [str(node.target) for node, _ in program.layers()]
+    assert left == ["convs.0", "act", "convs.2", "act", "convs.3", "norm", "act"]
+    assert torch.allclose(program.module.eval()(X), model(X), atol=1e-5)
+    assert program.history[-1].measured[0].figures["after"] == 3
+    with pytest.raises(RewriteError, match=r"out of reach: 1.00 is the most \(latency=flops, bound=0.01\)"):
+        apply(model, "layer-merge{speedup=2 latency=flops drop=false bound=0.01}", args=(X,))
+
+
+def test_the_first_stays_where_what_it_reads_would_be_written() -> None:
+    def row(inplace: bool) -> nn.Module:
+        return nn.Sequential(*(nn.Conv2d(3, 3, 1), nn.ReLU(inplace), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)))
+
+    step = "layer-merge{speedup=90 latency=flops bound=999}"
+    gone = apply(row(inplace=False), step, args=(X,))
+    assert not list(gone.layers())
+    assert gone.history[-1].measured[0].figures == {"before": 3, "after": 0}
+    with pytest.raises(RewriteError, match=r"out of reach: 3.00 is the most"):
+        apply(row(inplace=True), step, args=(X,))
 
 
 def test_what_costs_least_goes_first() -> None:
@@ -80,7 +159,7 @@ def test_what_is_read_elsewhere_is_left_with_the_reason() -> None:
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
             return self.b(y) + y
 
