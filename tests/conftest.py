@@ -8,7 +8,6 @@ import copy
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -17,6 +16,7 @@ import torch
 
 from rewrite.sources.compat import mend_torchvision
 from rewrite.testing import FreshProcess
+from tests.captures import STORE, capture
 from tests.fast import left_out
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -42,9 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(slow)]
         config.hook.pytest_deselected(items=slow)
     for item in items:
-        group = _model(item)
-        if group and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(group))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -56,11 +55,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def _model(item: pytest.Item) -> str:
-    """The model that a parametrized test is about: its captures are made once, in one worker (`--dist loadgroup`)."""
+def _group(item: pytest.Item) -> str:
+    """The model that a parametrized test is about, else its file: a worker captures once (`--dist loadgroup`)."""
     given = getattr(item, "callspec", None)
     name = given.params.get("name") if given else None
-    return name if isinstance(name, str) else ""
+    return name if isinstance(name, str) else item.path.name
 
 
 def pytest_collectstart() -> None:
@@ -81,11 +80,15 @@ def fresh_process() -> Iterator[FreshProcess]:
         yield process
 
 
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this test run share."""
+@pytest.fixture(scope="session", autouse=True)
+def captures_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder that all workers of this test run share, for what one captured; `apply` on a model remembers, too."""
     own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    STORE.folder[:] = [own.parent if "PYTEST_XDIST_WORKER" in os.environ else own]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rewrite.pipeline.run.capture", capture)
+        patch.setattr("rewrite.testing.subject.capture", capture)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

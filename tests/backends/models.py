@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
-import rewrite
 from rewrite.graph.program import Program
 from rewrite.numerics.compare import relative_error
+from tests.captures import capture
 
 
 class Mlp(nn.Module):
@@ -73,7 +73,7 @@ def transformer() -> Program:
 @functools.cache
 def captured(kind: type[nn.Module]) -> Program:
     torch.manual_seed(0)
-    return rewrite.capture(kind(), tokens(2, 6) if kind is Transformer else (torch.randn(4, 8),))
+    return capture(kind(), tokens(2, 6) if kind is Transformer else (torch.randn(4, 8),))
 
 
 def tokens(batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,13 @@ import torch
 
 import rewrite
 from tests.backends.models import Transformer, error, mlp, tokens, transformer
+from tests.captures import capture
 
 
 def test_it_is_the_model_in_evaluation_bit_for_bit() -> None:
     torch.manual_seed(0)
     model = Transformer()
-    run = rewrite.lower(rewrite.capture(model, tokens(2, 6)), "eager")
+    run = rewrite.lower(capture(model, tokens(2, 6)), "eager")
     for batch, length in ((2, 6), (3, 9), (1, 4)):
         inputs = tokens(batch, length)
         assert error(model.eval()(*inputs), run(*inputs)) == 0
@@ -57,5 +58,5 @@ def test_on_cuda() -> None:
     torch.manual_seed(0)
     model = Transformer().cuda()
     inputs = [t.cuda() for t in tokens(2, 6)]
-    run = rewrite.lower(rewrite.capture(model, inputs))
+    run = rewrite.lower(capture(model, inputs))
     assert error(model.eval()(*inputs), run(*inputs)) == 0

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import rewrite
 from tests.backends.models import Transformer, error, mlp, tokens, transformer
+from tests.captures import capture
 
 # measured: 2e-7 to 5e-7 on these and on the development models, relative to the largest value of an output
 TOLERANCE = 1e-5
@@ -52,7 +53,7 @@ def test_a_converted_transformer() -> None:
 @pytest.mark.gpu
 def test_on_cuda() -> None:
     torch.manual_seed(0)
-    program = rewrite.capture(Transformer().cuda(), [t.cuda() for t in tokens(2, 6)])
+    program = capture(Transformer().cuda(), [t.cuda() for t in tokens(2, 6)])
     run, eager = rewrite.lower(program, "inductor"), rewrite.lower(program)
     for batch, length in ((2, 6), (3, 9), (1, 4)):
         inputs = [t.cuda() for t in tokens(batch, length)]

@@ -18,6 +18,7 @@ from rewrite.backends.onnx import convert
 from rewrite.backends.onnx import export as backend
 from rewrite.graph.program import Program
 from tests.backends.models import Outputs, mlp, tokens, transformer
+from tests.captures import capture
 
 
 class Each(nn.Module):
@@ -34,7 +35,7 @@ class Each(nn.Module):
 
 def each(function: Callable[[Tensor], Any]) -> Program:
     torch.manual_seed(0)
-    return rewrite.capture(Each(function), (torch.randn(4, 8),))
+    return capture(Each(function), (torch.randn(4, 8),))
 
 
 def shapes(values: Any) -> dict[str, list[str | int]]:
@@ -86,7 +87,7 @@ def test_it_is_for_inference(tmp_path: Path) -> None:
 
 
 def test_rms_norm_is_spelled_out_where_the_opset_has_none(tmp_path: Path) -> None:
-    program = rewrite.capture(nn.RMSNorm(8), (torch.randn(2, 8),))
+    program = capture(nn.RMSNorm(8), (torch.randn(2, 8),))
     default = rewrite.export_onnx(program, tmp_path / "default.onnx")
     newer = rewrite.export_onnx(program, tmp_path / "newer.onnx", opset=23)
     assert [onnx.load(file).opset_import[0].version for file in (default, newer)] == [20, 23]
@@ -102,13 +103,13 @@ def test_a_converted_program(tmp_path: Path) -> None:
 
 
 def test_outputs_of_every_kind(tmp_path: Path) -> None:
-    program = rewrite.capture(Outputs(), (torch.randn(2, 8),))
+    program = capture(Outputs(), (torch.randn(2, 8),))
     graph = onnx.load(rewrite.export_onnx(program, tmp_path / "model.onnx")).graph
     assert [v.name for v in graph.output] == ["y", "x_output", "nest_0", "nest_1_0", "batch"]
 
 
 def test_an_example_of_one_still_gives_a_dynamic_batch(tmp_path: Path) -> None:
-    program = rewrite.capture(nn.Linear(8, 8), (torch.randn(1, 8),))
+    program = capture(nn.Linear(8, 8), (torch.randn(1, 8),))
     graph = onnx.load(rewrite.export_onnx(program, tmp_path / "model.onnx")).graph
     assert shapes(graph.input) == {"input": ["batch", 8]}
 

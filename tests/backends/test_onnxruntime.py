@@ -14,6 +14,7 @@ import rewrite
 from rewrite.backends import onnxruntime as backend
 from rewrite.backends.onnx import session
 from tests.backends.models import Mlp, Outputs, Transformer, error, mlp, tokens, transformer
+from tests.captures import capture
 
 # measured: 1e-7 to 3e-7 on these, relative to the largest value of an output
 TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ def test_it_computes_what_eager_does_in_the_model_s_own_structure() -> None:
 
 
 def test_outputs_of_every_kind() -> None:
-    program = rewrite.capture(Outputs(), (torch.randn(2, 8),))
+    program = capture(Outputs(), (torch.randn(2, 8),))
     run, eager = rewrite.lower(program, "onnxruntime"), rewrite.lower(program)
     x = torch.randn(3, 8)
     found = run(x)
@@ -53,14 +54,14 @@ def test_outputs_of_every_kind() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    program = rewrite.capture(Types(), types(dtype, 2))
+    program = capture(Types(), types(dtype, 2))
     run, eager = rewrite.lower(program, "onnxruntime"), rewrite.lower(program)
     inputs = types(dtype, 5)
     assert error(eager(*inputs), run(*inputs)) < (1e-2 if dtype is torch.float16 else TOLERANCE)
 
 
 def test_bfloat16_in_and_out() -> None:
-    program = rewrite.capture(nn.Identity(), (torch.randn(2, 4).bfloat16(),))
+    program = capture(nn.Identity(), (torch.randn(2, 4).bfloat16(),))
     x = torch.randn(3, 4).bfloat16()
     assert torch.equal(rewrite.lower(program, "onnxruntime")(x), x)
 
@@ -136,7 +137,7 @@ def test_what_onnx_cannot_express_is_one_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.linalg.eigvalsh(x @ x.T)
 
-    program = rewrite.capture(Eigenvalues(), (torch.randn(4, 8),))
+    program = capture(Eigenvalues(), (torch.randn(4, 8),))
     with pytest.raises(rewrite.RewriteError, match="Eigenvalues cannot be exported to ONNX") as failure:
         rewrite.lower(program, "onnxruntime")
     assert "\n" not in str(failure.value)
@@ -146,7 +147,7 @@ def test_what_onnx_cannot_express_is_one_line() -> None:
 @pytest.mark.parametrize("pass_", ["", "dyt"])
 def test_on_cuda(pass_: str) -> None:
     torch.manual_seed(0)
-    program = rewrite.capture(Transformer().cuda(), [t.cuda() for t in tokens(2, 6)])
+    program = capture(Transformer().cuda(), [t.cuda() for t in tokens(2, 6)])
     program = rewrite.apply(program, pass_, verify=False) if pass_ else program
     run, eager = rewrite.lower(program, "onnxruntime", providers=["cuda", "cpu"]), rewrite.lower(program)
     assert run.providers[0] == session.CUDA
@@ -158,7 +159,7 @@ def test_on_cuda(pass_: str) -> None:
 @pytest.mark.gpu
 def test_cuda_is_the_default_and_results_come_back_to_where_inputs_are() -> None:
     torch.manual_seed(0)
-    program = rewrite.capture(Mlp(), (torch.randn(4, 8),))
+    program = capture(Mlp(), (torch.randn(4, 8),))
     run, eager = rewrite.lower(program, "onnxruntime"), rewrite.lower(program)
     assert run.providers[0] == session.CUDA
     x = torch.randn(5, 8)
@@ -169,6 +170,6 @@ def test_cuda_is_the_default_and_results_come_back_to_where_inputs_are() -> None
 @pytest.mark.gpu
 def test_float16_on_cuda() -> None:
     torch.manual_seed(0)
-    program = rewrite.capture(Mlp().half().cuda(), (torch.randn(4, 8, dtype=torch.float16, device="cuda"),))
+    program = capture(Mlp().half().cuda(), (torch.randn(4, 8, dtype=torch.float16, device="cuda"),))
     x = torch.randn(5, 8, dtype=torch.float16, device="cuda")
     assert error(rewrite.lower(program)(x), rewrite.lower(program, "onnxruntime")(x)) < 1e-2

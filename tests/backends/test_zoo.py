@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 import rewrite
 from rewrite.graph.program import Program
 from rewrite.numerics.compare import relative_error
+from tests.captures import shared
 from tests.models.zoo import Case, development_cases
 
 CASES = {case.name: case for case in development_cases()}
@@ -33,7 +34,7 @@ ROWS = [
 def program(name: str, passes: str) -> Program:
     if passes:
         return rewrite.apply(program(name, ""), passes, verify=False)
-    return rewrite.capture(CASES[name].build(), *CASES[name].inputs(2, 8))
+    return shared(name)
 
 
 def model_outputs(case: Case, args: Any, kwargs: Any) -> Any:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 import rewrite
 from rewrite.testing import Subject
 from rewrite.testing.trial import Expected
-from tests.compare import CAPTURED, captured, case
+from tests.captures import shared, stored
+from tests.compare import CAPTURED, case
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,32 +82,17 @@ def _cost(row: Row) -> tuple[bool, int]:
 class SharedSubject(Subject):
     """A case as a subject. Its captures are made once a test run, by whichever worker is first, and read by the others."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str) -> None:
         chosen = case(name)
         super().__init__(chosen.build(), *chosen.inputs(*CAPTURED))
-        self.name, self.folder = name, folder
+        self.name = name
 
     @cached_property
     def program(self) -> rewrite.Program:
-        found = self._shared("as it is", lambda: captured(self.name))
-        assert found is not None
-        return found
+        return shared(self.name)
 
     def _cast(self, to: torch.dtype | torch.device) -> rewrite.Program | None:
-        return self._shared(f"{to}", lambda: super(SharedSubject, self)._cast(to))
-
-    def _shared(self, form: str, make: Callable[[], rewrite.Program | None]) -> rewrite.Program | None:
-        file = self.folder / f"{self.name} {form}.pt2"
-        none = file.with_suffix(".none")
-        with FileLock(f"{file}.lock"):
-            if file.exists():
-                return rewrite.load(file)
-            made = None if none.exists() else make()
-            if made is None:
-                none.touch()
-            else:
-                rewrite.save(made, file)
-            return made
+        return stored(f"{self.name} {to}", lambda: super(SharedSubject, self)._cast(to))
 
 
 class Prepared(Subject):
@@ -123,6 +108,6 @@ class Prepared(Subject):
 
 
 @functools.cache
-def subject(name: str, folder: Path, after: str = "") -> Subject:
+def subject(name: str, after: str = "") -> Subject:
     """The case of that name (after a pipeline), one subject for all passes in this worker."""
-    return Prepared(subject(name, folder), after) if after else SharedSubject(name, folder)
+    return Prepared(subject(name), after) if after else SharedSubject(name)

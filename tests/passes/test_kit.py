@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +18,11 @@ def row_param(family: str, row: Row) -> object:
 
 
 @pytest.mark.parametrize("row", [row_param(family, row) for family, row in ROWS])
-def test_pass(row: Row, shared_folder: Path, fresh_process: FreshProcess, request: pytest.FixtureRequest) -> None:
+def test_pass(row: Row, fresh_process: FreshProcess, request: pytest.FixtureRequest) -> None:
     compiled = row.compiled and not request.config.getoption("--fast")
     check_pass(
         row.step,
-        subject(row.model, shared_folder, row.after),
+        subject(row.model, row.after),
         changes=row.changes,
         near_miss=row.near_miss,
         again=row.again,

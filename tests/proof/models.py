@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, capture
+from rewrite import Program
+from tests.captures import capture
 
 WORDS, DIM = 12, 8
 

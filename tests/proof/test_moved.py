@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply, capture
+from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply
 from rewrite.analysis.norms import norms
 from rewrite.analysis.streams import stream_of
 from rewrite.graph.relation import Centered, Relation, Scaled
 from rewrite.pipeline.context import Context
+from tests.captures import capture
 
 from .models import Block
 from .steps import Action, step

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply, capture
+from rewrite import CLOSE, NEW, Contract, Pass, Program, VerificationError, apply
 from rewrite.pipeline.context import Context
 from rewrite.pipeline.inserting import insert_behind
+from tests.captures import capture
 
 from . import models
 from .steps import OTHER, Act, Action, Cut, replacing, step

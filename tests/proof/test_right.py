@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
-from rewrite import Program, apply, capture
+from rewrite import Program, apply
 from rewrite.graph.nodes import aten
 from rewrite.pipeline.context import Context
+from tests.captures import capture
 
 from . import models
 from .models import DIM

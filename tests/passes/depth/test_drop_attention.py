@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from rewrite import Program, RewriteError, VerificationError, apply, capture
+from rewrite import Program, RewriteError, VerificationError, apply
 from rewrite.analysis.branches import branches
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -113,7 +113,7 @@ def test_a_branch_that_others_read_is_left_alone() -> None:
 
 
 def test_cross_attention_stays() -> None:
-    kinds = [b.kind for b in branches(apply(captured("t5"), "drop-attention{layers='0-3'}"))]
+    kinds = [b.kind for b in branches(apply(shared("t5"), "drop-attention{layers='0-3'}"))]
     assert kinds == ["ffn", "ffn", "cross-attention", "ffn", "cross-attention", "ffn"]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rewrite import apply
 from rewrite.analysis.branches import branches
-from tests.compare import captured
+from tests.captures import shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -20,8 +20,8 @@ ROWS = [
 
 def test_all_branches_of_a_layer_go() -> None:
     for name in ("gpt2", "llama", "convnext_atto", "resnet18"):
-        before = [b.path for b in branches(captured(name)) if b.layer != 1]
-        assert [b.path for b in branches(apply(captured(name), "drop-blocks{layers=1}"))] == before, name
+        before = [b.path for b in branches(shared(name)) if b.layer != 1]
+        assert [b.path for b in branches(apply(shared(name), "drop-blocks{layers=1}"))] == before, name
 
 
 class Parallel(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewrite import apply
 from rewrite.analysis.branches import branches
-from tests.compare import captured
+from tests.captures import shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -15,5 +15,5 @@ ROWS = [
 
 def test_plain_and_gated_ffns_go() -> None:
     for name in ("vit", "llama", "t5"):
-        result = apply(captured(name), "drop-ffn{layers='0-1'}")
+        result = apply(shared(name), "drop-ffn{layers='0-1'}")
         assert {b.kind for b in branches(result) if b.layer < 2 and "decoder" not in b.path} == {"attention"}, name

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rewrite import RewriteError, apply
 from rewrite.analysis.branches import branches
 from rewrite.errors import PipelineError
-from tests.compare import captured
+from tests.captures import shared
 from tests.passes.table import Row
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_one_norm_serves_both_once_their_weights_are_folded_and_all_projections_
 
 @pytest.mark.parametrize("name", ["llama", "vit", "t5"])
 def test_branches_stand_side_by_side(name: str) -> None:
-    program = apply(captured(name), "parallel-block", verify=False)
+    program = apply(shared(name), "parallel-block", verify=False)
     record = program.history[0]
     ffns = [b for b in branches(program) if b.kind in ("ffn", "gated ffn")]
     skipped = {s.path: s.reason for s in record.skipped}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from rewrite import apply, graft, load, save
 from rewrite.graph.edit import Editor
 from rewrite.graph.program import Program
-from tests.compare import captured, model_of
+from tests.captures import shared
+from tests.compare import model_of
 from tests.passes.table import Row
 
 from .test_merge_linears import Attention, Block, X
@@ -30,7 +31,7 @@ def same_state(a: Program, b: Program) -> bool:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
 def test_the_old_layers_names_order_and_bytes_come_back_from_a_file_too(name: str, tmp_path: Path) -> None:
-    program = captured(name)
+    program = shared(name)
     merged = apply(program, "merge-linears", verify=False)
     assert not same_state(merged, program)
     back = apply(load(save(merged, tmp_path / "merged.pt2")), "split-linears", verify=False)
@@ -59,7 +60,7 @@ def test_layers_of_several_groups_go_back_where_they_were(model: nn.Module) -> N
 
 def test_the_users_class_takes_the_layers_that_are_back() -> None:
     """A key's bias has a gradient that is rounding alone, and another rounding after the split."""
-    back = apply(captured("bert"), "merge-linears,split-linears", verify=False)
+    back = apply(shared("bert"), "merge-linears,split-linears", verify=False)
     model = model_of("bert")
     made = graft(back, model)
     assert type(made) is type(model)

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewrite import Program, apply, capture
+from rewrite import Program, apply
 from rewrite.passes.expansion.expand import Expand
+from tests.captures import capture
 
 from .test_expand import EPS, Model
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from rewrite import Program, RewriteError, apply, capture
+from rewrite import Program, RewriteError, apply
+from tests.captures import capture
 from tests.passes.table import Row
 
 ROWS = [

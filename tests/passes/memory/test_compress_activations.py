@@ -22,7 +22,7 @@ from rewrite.training.heads import ByHead
 from rewrite.training.packer import Packer, Storages
 from rewrite.training.packing import packed_bytes
 from rewrite.training.sensitivity import sensitivities, separated
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -40,7 +40,7 @@ X = torch.randn(32, 64)
 def images() -> list[Tensor]:
     """A batch for the ViT."""
     generator = torch.Generator().manual_seed(0)
-    (example,) = [t for t in [*captured("vit").example_args, *captured("vit").example_kwargs.values()] if t is not None]
+    (example,) = [t for t in [*shared("vit").example_args, *shared("vit").example_kwargs.values()] if t is not None]
     return [torch.randn(example.shape, generator=generator)]
 
 
@@ -164,7 +164,7 @@ def test_it_goes_with_the_model(tmp_path: Path) -> None:
         "grafted": grafted,
         "copied": copy.deepcopy(grafted),
         "read without trust": load_module(tmp_path / "net.pt"),
-        "captured again": rewrite.capture(grafted, (X,)).module,
+        "captured again": capture(grafted, (X,)).module,
         "compiled": torch.compile(copy.deepcopy(grafted), backend="aot_eager"),
     }
     for name, module in forms.items():
@@ -277,7 +277,7 @@ def test_squares_are_separated_from_signed_sums() -> None:
 
 def test_sensitivities_are_what_rounding_each_tensor_alone_does() -> None:
     """The variance that 4 bits in one tensor cause, by 40 draws for each, against all of them from a few passes."""
-    program = rewrite.capture(wide(), (X,))
+    program = capture(wide(), (X,))
     found = sensitivities(program, [X], 64, 0)
     alone = []
     exact = projected(program.clone().module)
@@ -312,7 +312,7 @@ def test_bits_by_data_are_better_than_the_same_for_all() -> None:
     narrow = nn.Sequential(
         nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 16), nn.GELU(), nn.Linear(16, 512), nn.SiLU(), nn.Linear(512, 4)
     )
-    program = rewrite.capture(narrow, (X,))
+    program = capture(narrow, (X,))
     exact = gradients(program.clone().module, seed=None)
     errors, sizes = [], []
     for text in ("bits=auto average=4", "bits=4"):

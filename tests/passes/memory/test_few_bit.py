@@ -19,6 +19,7 @@ from rewrite.passes.memory.few_bit import FewBit, FewBitPass
 from rewrite.training.derivatives import APPROX_BP
 from rewrite.training.packing import packed_bytes
 from rewrite.training.steps import Density, best_steps, mean_slopes
+from tests.captures import capture
 from tests.passes.table import Row
 
 KEPT = "is kept by"
@@ -265,7 +266,7 @@ def test_one_that_writes_in_place_gets_a_result_of_its_own() -> None:
     program = rewrite.apply(model, "few-bit", args=(X,))
     layer: Any = program.module.get_submodule("2")
     assert not layer.inner.inplace
-    assert rewrite.memory(program).bytes < rewrite.memory(rewrite.capture(model, (X,))).bytes
+    assert rewrite.memory(program).bytes < rewrite.memory(capture(model, (X,))).bytes
     assert type(rewrite.graft(program, model)[2]) is FewBit
 
 

@@ -16,7 +16,7 @@ from rewrite.training.inventory import Item, inventory
 from rewrite.training.offload import Away
 from rewrite.training.packer import Packer, Storages
 from rewrite.training.planning import FRONTIER, KEEP, MASK, MOVE, RECOMPUTE, Again, Costs, Task, planned
-from tests.compare import captured
+from tests.captures import shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -99,7 +99,7 @@ def test_what_is_no_budget_is_refused(budget: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "llama"])
 def test_an_inventory_is_all_that_memory_counts(name: str) -> None:
-    program = captured(name)
+    program = shared(name)
     assert sum(item.bytes for item in inventory(program)) == rewrite.memory(program).bytes
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
+from tests.captures import capture
 from tests.passes.table import Row
 
 ROWS = [
@@ -67,7 +68,7 @@ def test_what_was_trained_merges_exactly() -> None:
     program = rewrite.apply(model, "paca{rank=5}", args=(X,))
     grafted = rewrite.graft(program, model)
     wanted = trained(grafted)
-    merged = rewrite.apply(rewrite.capture(grafted, (X,)), "merge-paca")
+    merged = rewrite.apply(capture(grafted, (X,)), "merge-paca")
     assert torch.equal(merged.module.eval()(X), wanted)
     assert type(merged.module.get_submodule("2")) is nn.Linear
     assert {*merged.module.state_dict()} == {*net().state_dict()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rewrite
 from rewrite.training.regions import checkpointed
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 NORMS = "recompute{where=type:*Norm*|type:*Activation*}"
@@ -74,7 +74,7 @@ def test_it_is_the_same_bit_for_bit_in_every_form(text: str, tmp_path: Path) -> 
     for name, module in forms.items():
         assert all(map(torch.equal, wanted, step(module))), name
     assert after.bytes < before.bytes
-    assert rewrite.memory(rewrite.capture(grafted, (X,))).bytes == after.bytes
+    assert rewrite.memory(capture(grafted, (X,))).bytes == after.bytes
     assert all(map(torch.equal, wanted, step(grafted)))
 
 
@@ -199,6 +199,6 @@ def test_for_inference_nothing_is_left_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "t5", "convnext_atto"])
 def test_blocks_of_other_models(name: str) -> None:
-    program = captured(name)
+    program = shared(name)
     made = rewrite.apply(program, "recompute")
     assert rewrite.memory(made).bytes < 0.6 * rewrite.memory(program).bytes

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rewrite
 from rewrite.training.saved import kept_bytes
+from tests.captures import capture
 
 PASSES = (
     "compress-activations{min_size=1 group=8}",
@@ -82,7 +83,7 @@ def test_it_survives_every_way_that_a_model_goes(text: str, tmp_path: Path) -> N
     assert program.history[-1].changed
     assert size < kept(net()) or text.startswith("offload")  # on the CPU everything is on the host
     grafted = rewrite.graft(program, net())
-    again = rewrite.capture(grafted, (X,))
+    again = capture(grafted, (X,))
     torch.save(grafted, tmp_path / "net.pt")
     forms = {
         "copied": copy.deepcopy(program.module),
@@ -109,7 +110,7 @@ def test_it_survives_every_way_that_a_model_goes(text: str, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The ONNX graph of the model as it is."""
-    return operators(rewrite.capture(net(), (X,)), tmp_path_factory.mktemp("plain"))
+    return operators(capture(net(), (X,)), tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("text", PASSES)

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rewrite import apply, capture
+from rewrite import apply
+from tests.captures import capture
 
 DIM = 8
 EXACT = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rewrite import apply, capture
+from rewrite import apply
+from tests.captures import capture
 from tests.models import zoo
 from tests.passes.table import Row
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, RewriteError, apply, capture
+from rewrite import Program, RewriteError, apply
 from rewrite.passes.normalization.dyt import DynamicTanh, DyT
-from tests.compare import captured, case
+from tests.captures import capture, shared
+from tests.compare import case
 from tests.models import stress
 from tests.passes.table import Row
 
@@ -114,7 +115,7 @@ def test_affine_parameters_are_carried_over_bit_for_bit(name: str) -> None:
 
 
 def test_state_dict_keeps_the_names_and_adds_alpha() -> None:
-    program = captured("EncoderLayer")
+    program = shared("EncoderLayer")
     result = apply(program, "dyt", verify=False, share=True)
     added = result.module.state_dict().keys() - program.module.state_dict().keys()
     assert program.module.state_dict().keys() <= result.module.state_dict().keys()
@@ -147,14 +148,14 @@ def test_proof_holds_where_every_tanh_is_saturated(level: float) -> None:
 @pytest.mark.xdist_group("llama")
 def test_selection_by_type_knows_the_users_class_and_ours() -> None:
     for where in ("type:LlamaRMSNorm", "type:RMSNorm"):
-        result = apply(captured("llama"), f"dyt{{where={where}}}", verify=False, share=True)
+        result = apply(shared("llama"), f"dyt{{where={where}}}", verify=False, share=True)
         assert len(inserted(result)) == 5
 
 
 @pytest.mark.xdist_group("llama")
 def test_two_alphas_by_two_passes() -> None:
     text = "dyt{alpha=0.8 where='*input_layernorm'},dyt{alpha=0.2 where='!*input_layernorm'}"
-    result = apply(captured("llama"), text, verify=False, share=True)
+    result = apply(shared("llama"), text, verify=False, share=True)
     alphas = {path: round(float(layer.alpha.detach()), 2) for path, layer in inserted(result).items()}
     assert alphas == {
         "layers.0.input_layernorm": 0.8,
@@ -169,7 +170,7 @@ def test_two_alphas_by_two_passes() -> None:
 @pytest.mark.xdist_group("gpt2")
 def test_selector_without_a_match_is_an_error_that_names_what_there_is() -> None:
     with pytest.raises(RewriteError, match=r"where=h\.0\.ln1 matches none of the 5 places .*did you mean 'h\.0\.ln_1'"):
-        apply(captured("gpt2"), "dyt{where=h.0.ln1}")
+        apply(shared("gpt2"), "dyt{where=h.0.ln1}")
 
 
 def test_alpha_in_text_and_back() -> None:
@@ -182,7 +183,7 @@ def test_alpha_in_text_and_back() -> None:
 
 def test_training_lowers_the_loss() -> None:
     torch.manual_seed(0)
-    module = apply(captured("EncoderLayer"), "dyt", verify=False).module.train()
+    module = apply(shared("EncoderLayer"), "dyt", verify=False).module.train()
     (x,), _ = case("EncoderLayer").inputs(8, 12)
     target = torch.randn_like(x)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)

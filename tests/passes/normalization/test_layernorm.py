@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rewrite import apply
-from tests.compare import captured
+from tests.captures import shared
 from tests.passes.normalization.test_rmsnorm import DIM, Block, Language, Odd, Vision, layer_norms, moved, skipped
 from tests.passes.table import Row
 
@@ -68,5 +68,5 @@ def test_what_is_left_alone() -> None:
 
 
 def test_channels_along_another_axis() -> None:
-    result = apply(captured("ChannelsFirstNorms"), "rmsnorm{mode=swap},layernorm{mode=swap}")
+    result = apply(shared("ChannelsFirstNorms"), "rmsnorm{mode=swap},layernorm{mode=swap}")
     assert skipped(result.history[-1]) == {"norm": "its channels are not the last axis"}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, apply, capture
+from rewrite import Program, apply
 from rewrite.analysis.running_norm import RunningNorm
+from tests.captures import capture
 from tests.passes.table import Row
 
 ROWS = [

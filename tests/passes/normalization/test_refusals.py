@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, RewriteError, apply, capture
+from rewrite import Program, RewriteError, apply
 from rewrite.pipeline.registry import get_pass, pass_names
+from tests.captures import capture
 from tests.passes.normalization.test_layerscale import DIM, Block
 from tests.passes.normalization.test_rmsnorm import Language, Odd
 

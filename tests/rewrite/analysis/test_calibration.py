@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import RewriteError, apply, capture
+from rewrite import RewriteError, apply
 from rewrite.analysis.calibration import ERF, ROOT, TANH, Curve, calibrated
 from rewrite.analysis.norms import norms
 from rewrite.analysis.roles import roles
 from rewrite.graph.history import Record
 from rewrite.graph.layers import BiasedRMSNorm
-from tests.compare import captured
+from tests.captures import capture, shared
 
 DIM = 16
 
@@ -151,7 +151,7 @@ def test_calibrated_is_closer_than_not() -> None:
 
 @pytest.mark.xdist_group("gpt2")
 def test_roles() -> None:
-    program = captured("gpt2")
+    program = shared("gpt2")
     assert {str(node.target): role for node, role in roles(program).items()} == {
         "h.0.ln_1": "attention",
         "h.0.ln_2": "ffn",
@@ -163,7 +163,7 @@ def test_roles() -> None:
 
 @pytest.mark.xdist_group("bert")
 def test_roles_of_post_norms() -> None:
-    found = {str(node.target): role for node, role in roles(captured("bert")).items()}
+    found = {str(node.target): role for node, role in roles(shared("bert")).items()}
     assert found["embeddings.LayerNorm"] == "other"
     assert sorted(found.values()) == ["attention", "attention", "ffn", "ffn", "other"]
 
@@ -171,7 +171,7 @@ def test_roles_of_post_norms() -> None:
 @pytest.mark.xdist_group("llama")
 def test_an_alpha_for_each_role() -> None:
     result = apply(
-        captured("llama"), "dyt{alpha=9 alpha_attention=0.8 alpha_ffn=0.3 alpha_final=0.2}", verify=False, share=True
+        shared("llama"), "dyt{alpha=9 alpha_attention=0.8 alpha_ffn=0.3 alpha_final=0.2}", verify=False, share=True
     )
     alphas = {n.removesuffix(".alpha"): round(float(p), 3) for n, p in result.module.named_parameters() if "alpha" in n}
     assert alphas == {

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import capture
 from rewrite.analysis.embeddings import embeddings
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.models import zoo
 
 
@@ -33,7 +32,7 @@ def test_scale_and_offset(again: bool) -> None:
 
 
 def test_gpt2() -> None:
-    assert [(e.path, e.scale, e.offset, e.value is e.node) for e in embeddings(captured("gpt2"))] == [
+    assert [(e.path, e.scale, e.offset, e.value is e.node) for e in embeddings(shared("gpt2"))] == [
         ("wte", 1.0, 0, True),
         ("wpe", 1.0, 0, True),
     ]

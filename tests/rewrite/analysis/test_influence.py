@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from rewrite import RewriteError, apply, capture
+from rewrite import RewriteError, apply
 from rewrite.analysis.branches import branches
 from rewrite.analysis.costs import depth_of, flops
 from rewrite.analysis.view import critical_path, view
-from tests.compare import captured
+from tests.captures import capture, shared
 
 DIM, DEPTH = 8, 4
 
@@ -150,7 +150,7 @@ def test_a_model_without_branches_is_refused() -> None:
 
 def test_post_norm_and_convolutional_models() -> None:
     for name in ("bert", "resnet18"):
-        program = captured(name)
+        program = shared(name)
         data = [(tuple(program.example_args), dict(program.example_kwargs))]
         found = rewrite.depth(program, data)
         assert len(found.dependency) == len(found.blocks) == len({b.layer for b in branches(program)})

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from rewrite import Program, apply, capture
+from rewrite import Program, apply
 from rewrite.analysis.linears import Linear, Readers, Rows, linears
 from rewrite.analysis.unseen import unseen, unseen_text
 from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.nodes import attribute
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.models import zoo
 
 DIM = 8
@@ -183,7 +183,7 @@ def test_a_mask_needs_a_layer() -> None:
 
 
 def test_norms_of_free_parameters_are_named() -> None:
-    (warning,) = apply(captured("FunctionalLayerNorm"), "dyt", verify=False, share=True).history[-1].warnings
+    (warning,) = apply(shared("FunctionalLayerNorm"), "dyt", verify=False, share=True).history[-1].warnings
     assert warning.count("layer_norm of") == 2
 
 
@@ -191,11 +191,11 @@ def test_norms_of_free_parameters_are_named() -> None:
 
 
 def test_gpt2_is_made_of_linear_layers() -> None:
-    found = linears(captured("gpt2"))
+    found = linears(shared("gpt2"))
     assert [linear.path for linear in found[:4]] == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
     assert all(isinstance(linear.layer, TransposedLinear) for linear in found)
     assert {linear.types for linear in found} == {("Linear", "TransposedLinear", "Conv1D")}
-    assert unseen_text(captured("gpt2"), "linear", "norm", "embedding") is None
+    assert unseen_text(shared("gpt2"), "linear", "norm", "embedding") is None
 
 
 @pytest.mark.parametrize(("kind", "count"), [("opt", 12), ("beit", 12)])

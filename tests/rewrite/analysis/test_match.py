@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite import Program, capture
+from rewrite import Program
 from rewrite.analysis import match, writes
 from rewrite.analysis.match import Call, Layer, Match, Var, find
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import aten
 from rewrite.pipeline.context import Context
 from rewrite.pipeline.rules import Rule, apply_rules
+from tests.captures import capture
 
 DIM = 8
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rewrite import Program, RewriteError, capture
+from rewrite import Program, RewriteError
 from rewrite.analysis.norms import norms
 from rewrite.analysis.observe import observe
-from tests.compare import captured
+from tests.captures import capture, shared
 
 
 class Keep:
@@ -106,7 +106,7 @@ def test_nothing_of_the_callers_is_changed() -> None:
 
 
 def test_it_runs_no_further_than_it_is_asked() -> None:
-    program = captured("gpt2")
+    program = shared("gpt2")
     first = norms(program)[0].node
     ran: list[str] = []
     kept = torch.fx.Interpreter.run_node

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, apply, capture
+from rewrite import Program, apply
 from rewrite.analysis.norms import norms
 from rewrite.analysis.residuals import post_norms, residual_adds
-from tests.compare import captured
+from tests.captures import capture, shared
 
 DIM = 8
 
@@ -151,12 +151,12 @@ def test_addition_of_two_inputs_is_not_residual() -> None:
     ],
 )
 def test_residual_adds_of_the_development_models(name: str, count: int) -> None:
-    assert len(residual_adds(captured(name))) == count
+    assert len(residual_adds(shared(name))) == count
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_tiny_patch16_224", "gpt2", "llama", "t5", "convnext_atto"])
 def test_prenorm_models_have_no_post_norms(name: str) -> None:
-    assert post_norms(captured(name), norms(captured(name))) == []
+    assert post_norms(shared(name), norms(shared(name))) == []
 
 
 BERT_POSTS = {f"encoder.layer.{i}.{part}.LayerNorm" for i in (0, 1) for part in ("attention.output", "output")}
@@ -164,7 +164,7 @@ BERT_POSTS = {f"encoder.layer.{i}.{part}.LayerNorm" for i in (0, 1) for part in 
 
 @pytest.mark.xdist_group("bert")
 def test_post_norms_of_bert() -> None:
-    assert {n.path for n in post_norms(captured("bert"), norms(captured("bert")))} == BERT_POSTS
+    assert {n.path for n in post_norms(shared("bert"), norms(shared("bert")))} == BERT_POSTS
 
 
 def warnings(program: Program, text: str) -> list[str]:
@@ -176,16 +176,16 @@ def named(warning: str) -> set[str]:
 
 
 def test_dyt_warns_of_exactly_the_post_norms() -> None:
-    (warning,) = warnings(captured("bert"), "dyt")
+    (warning,) = warnings(shared("bert"), "dyt")
     assert named(warning) == BERT_POSTS
     assert "known not to train in place of post-norms" in warning
-    assert warnings(captured("vit"), "dyt") == []
+    assert warnings(shared("vit"), "dyt") == []
 
 
 @pytest.mark.xdist_group("bert")
 def test_dyt_warns_of_the_selected_ones_alone() -> None:
-    assert warnings(captured("bert"), "dyt{where=embeddings*}") == []
-    (warning,) = warnings(captured("bert"), "dyt{where='encoder.layer.0.*'}")
+    assert warnings(shared("bert"), "dyt{where=embeddings*}") == []
+    (warning,) = warnings(shared("bert"), "dyt{where='encoder.layer.0.*'}")
     assert named(warning) == {p for p in BERT_POSTS if ".0." in p}
-    (only_second,) = warnings(captured("bert"), "dyt{where=encoder.layer.1.output.LayerNorm}")
+    (only_second,) = warnings(shared("bert"), "dyt{where=encoder.layer.1.output.LayerNorm}")
     assert named(only_second) == {"encoder.layer.1.output.LayerNorm"}

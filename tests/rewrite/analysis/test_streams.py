@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from rewrite import Program, capture
+from rewrite import Program
 from rewrite.analysis.branches import branches
 from rewrite.analysis.carry import carried, sources
 from rewrite.analysis.norms import norms
 from rewrite.analysis.streams import stream_of, streams
 from rewrite.analysis.uses import Uses
-from tests.compare import captured
+from tests.captures import capture, shared
 
 DIM = 8
 
@@ -194,9 +194,9 @@ def test_offsets_and_other_readers_are_told() -> None:
 
 
 def test_encoder_and_decoder_are_apart() -> None:
-    encoder, decoder = streams(captured("t5"))
+    encoder, decoder = streams(shared("t5"))
     assert (len(encoder.residual), len(decoder.residual)) == (4, 6)
-    kinds = [(b.layer, b.kind) for b in branches(captured("t5"))]
+    kinds = [(b.layer, b.kind) for b in branches(shared("t5"))]
     assert kinds[4:7] == [(2, "attention"), (2, "cross-attention"), (2, "ffn")]
 
 
@@ -208,7 +208,7 @@ def test_development_models() -> None:
         ("llama", 2, {"attention", "gated ffn"}, {"pre"}),
         ("convnext_atto", 12, {"convolutional"}, {"inner"}),
     ):
-        found = branches(captured(name))
+        found = branches(shared(name))
         assert len({b.layer for b in found}) == layers, name
         assert {b.kind for b in found} == kinds, name
         assert {b.order for b in found} == orders, name
@@ -216,7 +216,7 @@ def test_development_models() -> None:
 
 
 def test_the_embedding_norm_of_bert_has_a_stream_of_its_own() -> None:
-    program = captured("bert")
+    program = shared("bert")
     norm = norms(program)[0]
     assert norm.path == "embeddings.LayerNorm"
     (value,) = norm.node.all_input_nodes

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from rewrite import Program, RewriteError, capture
+from rewrite import Program, RewriteError
 from rewrite.axes import operators
 from rewrite.axes.analyze import analyze
 from rewrite.axes.call import Place
@@ -19,6 +19,7 @@ from rewrite.axes.check import check
 from rewrite.axes.resize import resize
 from rewrite.axes.table import Table
 from rewrite.graph.edit import Editor
+from tests.captures import capture
 from tests.models import zoo
 
 HEADS, SIZE, DIM = 2, 3, 6

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from rewrite import Program, RewriteError, capture
+from rewrite import Program, RewriteError
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import aten, module_path
 from rewrite.proof.frame import differs
+from tests.captures import capture
 
 DIM = 8
 

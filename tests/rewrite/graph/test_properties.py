@@ -21,6 +21,7 @@ from rewrite.graph.hooks import hung
 from rewrite.graph.properties import Property, frozen, thawed
 from rewrite.pipeline.context import Context
 from rewrite.sources.pickles import load_module
+from tests.captures import capture
 
 X = torch.randn(4, 8)
 
@@ -138,8 +139,8 @@ def test_every_form_runs_under_it(program: Program, tmp_path: Path) -> None:
         "grafted copy": copy.deepcopy(grafted),
         "pickled": torch.load(tmp_path / "net.pt", weights_only=False),
         "read without trust": load_module(tmp_path / "net.pt"),
-        "captured again": rewrite.capture(grafted, (X,)).module,
-        "grafted again": rewrite.graft(rewrite.capture(grafted, (X,)), grafted),
+        "captured again": capture(grafted, (X,)).module,
+        "grafted again": rewrite.graft(capture(grafted, (X,)), grafted),
     }
     for name, module in forms.items():
         assert all(map(torch.equal, wanted, gradients(module))), name
@@ -222,6 +223,6 @@ def test_a_file_with_a_property_that_is_not_installed_is_refused(
 def test_a_model_that_is_grafted_again_is_compared_without_its_properties(program: Program) -> None:
     model = net()
     once = rewrite.graft(program, model)
-    again = rewrite.graft(rewrite.capture(model, (X,)), once)
+    again = rewrite.graft(capture(model, (X,)), once)
     assert all(map(torch.equal, gradients(again), gradients(model)))
     assert not hung(again)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import SAME, Contract, Pass, RewriteError, apply, capture
+from rewrite import SAME, Contract, Pass, RewriteError, apply
 from rewrite.analysis.branches import branches
 from rewrite.graph.renumber import renamed, renumbered
 from rewrite.pipeline.context import Context
 from rewrite.pipeline.crash import VerificationError
+from tests.captures import capture
 
 
 class Block(nn.Module):

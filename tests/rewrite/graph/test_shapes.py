@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import NEW, SAME, Contract, Pass, Program, RewriteError, VerificationError, apply, capture
+from rewrite import NEW, SAME, Contract, Pass, Program, RewriteError, VerificationError, apply
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import aten, packet
 from rewrite.graph.sizes import followed
 from rewrite.pipeline.context import Context
 from rewrite.proof.frame import frame
+from tests.captures import capture
 
 X = torch.randn(2, 6, 8)
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rewrite
 from rewrite import RewriteError
 from rewrite.graph.straight import Straight, operator_of
-from tests.compare import captured
+from tests.captures import capture, shared
 
 
 def spelled() -> nn.Module:
-    return next(layer for _, layer in captured("gpt2").layers() if type(layer).__name__ == "SpelledActivation")
+    return next(layer for _, layer in shared("gpt2").layers() if type(layer).__name__ == "SpelledActivation")
 
 
 def test_it_computes_what_the_graph_does_and_can_be_pickled() -> None:
@@ -41,7 +40,7 @@ class Early(nn.Module):
 
 @pytest.mark.parametrize(("model", "count"), [(Odd(), 2), (Early(), 1)])
 def test_what_is_no_straight_run_is_refused(model: nn.Module, count: int) -> None:
-    program = rewrite.capture(model, tuple(torch.randn(3, 2) for _ in range(count)))
+    program = capture(model, tuple(torch.randn(3, 2) for _ in range(count)))
     with pytest.raises(RewriteError):
         Straight.of(program.graph)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from rewrite import Program, RewriteError, apply, capture, graft, heal, load, save
+from rewrite import Program, RewriteError, apply, graft, heal, load, save
 from rewrite.healing.losses import divergence, relative
 from rewrite.healing.pairs import pairs
+from tests.captures import capture
 
 DIM = 8
 

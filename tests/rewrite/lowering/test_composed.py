@@ -14,6 +14,7 @@ from rewrite.lowering import layer_traces as home
 from rewrite.lowering.composed import composed
 from rewrite.lowering.inference import evaluated
 from rewrite.lowering.layer_traces import NotComposedError
+from tests.captures import capture
 from tests.models.stress import stress_cases
 from tests.models.zoo import leaves, transformers_case
 
@@ -56,7 +57,7 @@ def inputs_of(program: rewrite.Program) -> Inputs:
 def test_it_computes_what_a_traced_export_computes(name: str) -> None:
     case = CASES[name]
     args, kwargs = case.inputs(2, 12)
-    program = rewrite.capture(case.build(), args, kwargs)
+    program = capture(case.build(), args, kwargs)
     inputs = inputs_of(program)
     made = composed(evaluated(program), inputs)
     traced = export_program(evaluated(program), widened(inputs))
@@ -74,7 +75,7 @@ def test_it_computes_what_a_traced_export_computes(name: str) -> None:
 def test_library_models_are_put_together(kind: str) -> None:
     case = transformers_case(kind)
     args, kwargs = case.inputs(2, 12)
-    program = rewrite.capture(case.build(), args, kwargs)
+    program = capture(case.build(), args, kwargs)
     module = composed(evaluated(program), inputs_of(program)).module()
     args, kwargs = case.inputs(3, 7)
     ours, theirs = leaves(module(*args, **kwargs)), leaves(program.module.eval()(*args, **kwargs))
@@ -85,13 +86,13 @@ def test_each_kind_of_layer_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[Any] = []
     trace = home.make_fx
     monkeypatch.setattr(home, "make_fx", lambda *args, **kwargs: calls.append(args) or trace(*args, **kwargs))
-    program = rewrite.capture(Blocks(6), (torch.randn(2, 8),))
+    program = capture(Blocks(6), (torch.randn(2, 8),))
     composed(evaluated(program), inputs_of(program))
     assert len(calls) == 3
 
 
 def test_a_module_that_was_cast_since_is_left_to_an_export() -> None:
-    program = rewrite.capture(Blocks(1), (torch.randn(2, 8),))
+    program = capture(Blocks(1), (torch.randn(2, 8),))
     module = evaluated(program).double()
     with pytest.raises(NotComposedError):
         composed(module, inputs_of(program))
@@ -100,7 +101,7 @@ def test_a_module_that_was_cast_since_is_left_to_an_export() -> None:
 @pytest.mark.parametrize("name", ["AutocastOff", "StraightThrough"])
 def test_what_is_more_than_operators_is_left_to_an_export(name: str) -> None:
     case = CASES[name]
-    program = rewrite.capture(case.build(), *case.inputs(2, 12))
+    program = capture(case.build(), *case.inputs(2, 12))
     with pytest.raises(NotComposedError):
         composed(evaluated(program), inputs_of(program))
 
@@ -114,7 +115,7 @@ def test_a_file_tells_torch_the_conditions_that_the_program_has(tmp_path: Any) -
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.table[: x.shape[1]]
 
-    program = rewrite.capture(Positions(), (torch.randn(2, 12, 8),))
+    program = capture(Positions(), (torch.randn(2, 12, 8),))
     assert program.module.interface.conditions
     for saved in (program, rewrite.load(rewrite.save(program, tmp_path / "a.pt2"))):
         module = torch.export.load(rewrite.save(saved, tmp_path / "b.pt2")).module()

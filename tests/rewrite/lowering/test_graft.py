@@ -17,6 +17,7 @@ from rewrite import NEW, Contract, Pass, Program, RewriteError
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import call_arguments, tensor_value
 from rewrite.pipeline.context import Context
+from tests.captures import capture
 from tests.models.stress import stress_cases
 
 CASES = {c.name: c for c in stress_cases()}
@@ -70,7 +71,7 @@ def test_another_width_or_class_is_refused_by_name() -> None:
 def test_what_is_no_whole_module_is_refused_by_name(name: str, reason: str) -> None:
     case = CASES[name]
     model = case.build()
-    program = rewrite.apply(rewrite.capture(model, *case.inputs(2, 12)), "dyt", verify=False)
+    program = rewrite.apply(capture(model, *case.inputs(2, 12)), "dyt", verify=False)
     with pytest.raises(RewriteError, match=reason):
         rewrite.graft(program, model)
 

@@ -12,11 +12,12 @@ from torch import nn
 
 import rewrite
 from rewrite.graph.program import Program
+from tests.captures import capture
 
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return rewrite.capture(nn.Linear(4, 4), (torch.randn(2, 4),))
+    return capture(nn.Linear(4, 4), (torch.randn(2, 4),))
 
 
 @pytest.fixture

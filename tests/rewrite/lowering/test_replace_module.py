@@ -18,6 +18,7 @@ from rewrite.graph.edit import Editor
 from rewrite.graph.module_calls import module_calls
 from rewrite.pipeline.context import Context
 from rewrite.pipeline.pass_ import option
+from tests.captures import capture
 
 X = torch.randn(2, 5, 8)
 
@@ -130,7 +131,7 @@ def test_every_call_of_a_module_is_replaced() -> None:
 
 
 def refusal(model: nn.Module, path: str = "attn", layer: nn.Module | None = None) -> str:
-    program = rewrite.capture(model, (X,)).clone()
+    program = capture(model, (X,)).clone()
     before = program.module.code
     with pytest.raises(RewriteError) as info:
         Editor(program, "test").replace_module(path, layer or Neighbors())

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import RewriteError, apply, capture, verify
+from rewrite import RewriteError, apply, verify
 from rewrite.numerics.compare import Run, difference, relative_error
-from tests.compare import CAPTURED, captured, case, model_of
+from tests.captures import capture, shared
+from tests.compare import CAPTURED, case, model_of
 
 DIM = 8
 
@@ -29,7 +30,7 @@ DIM = 8
     ],
 )
 def test_program_is_the_same_as_its_copy(name: str) -> None:
-    result = verify(captured(name), captured(name).clone())
+    result = verify(shared(name), shared(name).clone())
     assert result.same
     assert result.bitwise
     assert str(result).startswith("same\n")
@@ -37,13 +38,13 @@ def test_program_is_the_same_as_its_copy(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["FrozenBatchNorm", "RMSNormSpellings", "DtypeLiterals", "CalledTwice", "vit"])
 def test_program_is_the_same_as_its_model(name: str) -> None:
-    assert verify(captured(name), model_of(name)).same
+    assert verify(shared(name), model_of(name)).same
     assert verify(model_of(name), model_of(name), *case(name).inputs(*CAPTURED))
 
 
 @pytest.mark.xdist_group("EncoderLayer")
 def test_difference_is_found_and_named() -> None:
-    program = captured("EncoderLayer")
+    program = shared("EncoderLayer")
     other = program.clone()
     with torch.no_grad():
         other.module.get_submodule("layer.linear1").weight.mul_(1 + 1e-6)
@@ -112,7 +113,7 @@ def test_outputs_of_another_kind_are_a_problem(other: object) -> None:
 
 @pytest.mark.xdist_group("EncoderLayer")
 def test_a_rewritten_program_is_different() -> None:
-    program = captured("EncoderLayer")
+    program = shared("EncoderLayer")
     assert not verify(program, apply(program, "dyt", verify=False))
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from rewrite import NEW, Contract, Pass, Program, RewriteError, apply, capture
+from rewrite import NEW, Contract, Pass, Program, RewriteError, apply
 from rewrite.numerics.guard import fingerprint
 from rewrite.pipeline.context import Context
+from tests.captures import capture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64)
 

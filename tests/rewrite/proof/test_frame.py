@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Program, capture
+from rewrite import Program
 from rewrite.graph.change import Change
 from rewrite.graph.edit import Editor
 from rewrite.graph.nodes import aten
 from rewrite.proof.frame import differs, frame
+from tests.captures import capture
 
 DIM = 6
 Action = Callable[[Program, Editor], None]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite import Contract, Pass, Program, apply, capture
+from rewrite import Contract, Pass, Program, apply
 from rewrite.graph.nodes import aten
 from rewrite.numerics.compare import same_bytes
 from rewrite.numerics.probes import fresh_inputs, perturbed
@@ -22,7 +22,8 @@ from rewrite.pipeline.context import Context
 from rewrite.pipeline.crash import VerificationError
 from rewrite.pipeline.registry import as_passes
 from rewrite.proof.contract import CLOSE, NEW, SAME
-from tests.compare import bytes_of, captured, outline, untouched
+from tests.captures import capture, shared
+from tests.compare import bytes_of, outline, untouched
 
 DIM = 8
 KEPT = Contract(forward=SAME, backward=SAME)
@@ -429,7 +430,7 @@ def test_fresh_inputs_are_the_same_for_a_seed_and_leave_the_examples() -> None:
 
 @pytest.mark.xdist_group("ZeroHead")
 def test_perturbation_moves_what_is_all_zero_or_one_and_nothing_else() -> None:
-    before = captured("ZeroHead")
+    before = shared("ZeroHead")
     state = bytes_of(before.module)
     probe = perturbed(before, 0)
     moved = {n for n, p in probe.module.named_parameters() if not same_bytes(p, before.module.get_parameter(n))}
@@ -442,13 +443,13 @@ def test_error_behind_a_zero_head_is_seen(tmp_path: Path) -> None:
     """The head and a layer scale are zero: without perturbation a wrong body would not show in any output."""
     step = probe(swap("body", lambda old: EqualLinear(old, 2.0)))
     with pytest.raises(VerificationError) as info:
-        apply(captured("ZeroHead"), step, crash_folder=tmp_path)
+        apply(shared("ZeroHead"), step, crash_folder=tmp_path)
     assert failed(info.value) == ["same"]
 
 
 @pytest.mark.xdist_group("ZeroHead")
 def test_result_has_no_trace_of_the_perturbation(tmp_path: Path) -> None:
-    result = apply(captured("ZeroHead"), probe(swap("body", EqualLinear)), crash_folder=tmp_path)
+    result = apply(shared("ZeroHead"), probe(swap("body", EqualLinear)), crash_folder=tmp_path)
     assert not result.module.head.weight.any()
     assert not result.module.scale.any()
 

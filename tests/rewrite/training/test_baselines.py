@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import rewrite
 from rewrite.training.baselines import compared, peak_of
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.rewrite.training.test_saved import left_allocated
 
 
@@ -25,7 +25,7 @@ def test_the_peak_is_the_most_that_was_alive_at_once() -> None:
 
 @pytest.mark.parametrize("text", ["recompute", "share-norm", "fit-memory{budget=0.5}", "compress-activations{min_size=64}"])
 def test_with_passes_the_allocator_agrees(text: str) -> None:
-    program = rewrite.apply(captured("vit"), text, verify=False)
+    program = rewrite.apply(shared("vit"), text, verify=False)
     assert rewrite.memory(program).bytes == pytest.approx(left_allocated(program), rel=0.01)
 
 
@@ -43,7 +43,7 @@ def test_checkpoints_keep_what_blocks_are_given() -> None:
     """4 blocks of [512, 64]; the first one's input is that of the layer before, which nobody else keeps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), Block(), Block(), Block(), Block())
-    program = rewrite.capture(model, (torch.randn(512, 64),))
+    program = capture(model, (torch.randn(512, 64),))
     eager, checkpoints = compared(program, compiled=False).rows
     assert eager.bytes == rewrite.memory(program).bytes
     assert checkpoints.bytes == 4 * 512 * 64 * 4

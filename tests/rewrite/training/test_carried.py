@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import rewrite
 from rewrite import SAME, Contract, Pass, Program, RewriteError, expand_state
 from rewrite.pipeline.context import Context
+from tests.captures import capture
 
 
 class Block(nn.Module):
@@ -65,7 +66,7 @@ def pair(passes: str | Pass, named: bool = False) -> tuple[torch.optim.AdamW, Pr
     torch.manual_seed(0)
     model = Block().train()
     optimizer, x = trained(model, named)
-    old = rewrite.capture(model, (x,))
+    old = capture(model, (x,))
     return optimizer, old, rewrite.apply(old, passes, verify=False)
 
 
@@ -118,7 +119,7 @@ def test_several_passes_and_groups_by_name() -> None:
     optimizer = torch.optim.AdamW([{"params": heavy}, {"params": light, "weight_decay": 0.0}])
     model(torch.randn(4, 5, 6)).sum().backward()
     optimizer.step()
-    old = rewrite.capture(model, (torch.randn(4, 5, 6),))
+    old = capture(model, (torch.randn(4, 5, 6),))
     new = rewrite.apply(old, "expand{ffn=2x},expand{ffn=+1}", verify=False)
     made = expand_state(optimizer.state_dict(), old, new)
     assert [group["param_names"] for group in made["param_groups"]] == [[n for n, _ in heavy], [n for n, _ in light]]
@@ -140,7 +141,7 @@ def test_layers_that_are_new_start_without_a_state_and_others_follow_their_numbe
     torch.manual_seed(0)
     model = Stack().train()
     optimizer, x = trained(model)
-    old = rewrite.capture(model, (x,))
+    old = capture(model, (x,))
     new = rewrite.apply(old, "expand{layers=+1 ffn=+2}", verify=False)
     made = expand_state(optimizer.state_dict(), old, new)
     order = [name for name, _ in new.module.named_parameters()]

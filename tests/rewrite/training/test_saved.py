@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import rewrite
 from rewrite import Program, RewriteError
 from rewrite.testing.observe import bytes_of, tensors, untouched
-from tests.compare import captured
+from tests.captures import capture, shared
 from tests.rewrite.graph.test_properties import SetProperty, announce
 
 X = torch.randn(6, 8)
@@ -42,7 +42,7 @@ def left_allocated(program: Program) -> int:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "convnext_atto", "resnet18"])
 @pytest.mark.parametrize("step", ["", "few-bit"])
 def test_the_allocator_agrees(name: str, step: str) -> None:
-    program = captured(name)
+    program = shared(name)
     program = rewrite.apply(program, step, verify=False) if step else program
     assert rewrite.memory(program).bytes == pytest.approx(left_allocated(program), rel=0.01)
 
@@ -67,7 +67,7 @@ def test_by_hand() -> None:
 
 
 def test_other_inputs_and_half_the_bytes_in_bfloat16() -> None:
-    program = rewrite.capture(net(), (X,))
+    program = capture(net(), (X,))
     assert rewrite.memory(program, (torch.randn(12, 8),)).bytes == 2304
     assert rewrite.memory(net().bfloat16(), (X.bfloat16(),)).bytes == 576
 
@@ -87,7 +87,7 @@ def test_what_is_shared_counts_once() -> None:
 
 def test_nothing_is_changed() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    program = rewrite.capture(model, (X,))
+    program = capture(model, (X,))
     before, state = bytes_of(program.module), torch.get_rng_state()
     rewrite.memory(program)
     assert untouched(program.module, before)
