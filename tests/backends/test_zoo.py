@@ -22,7 +22,7 @@ SIZES = ((2, 8), (3, 11), (1, 7))
 #: Largest relative error by lowering. ONNX Runtime measured 1e-7 to 1.4e-6 in float32; eager is the same code.
 TOLERANCES = {"eager": 0.0, "onnxruntime": 1e-5}
 
-#: Model, passes, lowering. To ONNX Runtime deit_tiny is the same graph as vit_tiny, and slow.
+#: Model, passes, lowering. To ONNX Runtime deit_tiny is the same graph as vit_tiny.
 ROWS = [
     *((name, "", "eager") for name in CASES),
     *((name, "", "onnxruntime") for name in CASES if name != "deit_tiny_patch16_224"),

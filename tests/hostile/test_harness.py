@@ -48,7 +48,7 @@ def test_a_hang_and_a_death_cost_the_worker_and_not_the_next_case(oracle: Oracle
     import os
     import time
 
-    hang, death = (Evil(time.sleep, 60), "took more than", 3), (Evil(os._exit, 3), "killed the process", 30)
+    hang, death = (Evil(time.sleep, 60), "took more than", 1), (Evil(os._exit, 3), "killed the process", 30)
     for deed, fault, seconds in (hang, death):
         model: Any = nn.Linear(2, 2)
         model.evil = deed

@@ -66,14 +66,14 @@ def import_timm() -> Any:
     return importlib.import_module("timm")
 
 
-def timm_case(name: str, size: int) -> Case:
-    """The timm model `name` in its default configuration, fed with square images of `size` pixels."""
+def timm_case(name: str, size: int, **settings: Any) -> Case:
+    """The timm model `name` in its default configuration but for ``settings``, fed with square images of `size` pixels."""
 
     def create() -> nn.Module:
         timm = import_timm()
         if name not in timm.list_models():
             raise SkipTest(f"timm {timm.__version__} has no {name}")
-        return timm.create_model(name)
+        return timm.create_model(name, **settings)
 
     return Case(name, seeded(create), _images(size), "timm")
 
@@ -552,7 +552,16 @@ DEVELOPMENT = (
 )
 
 
+#: Image size and settings of those of timm: blocks that differ are kept, more of the same are not.
+_SHALLOW: dict[str, tuple[int, dict[str, Any]]] = {
+    "resnet18": (64, {"layers": (2, 1, 1, 1)}),
+    "vit_tiny_patch16_224": (224, {"depth": 4}),
+    "deit_tiny_patch16_224": (224, {"depth": 4}),
+    "convnext_atto": (64, {"depths": (1, 1, 2, 1)}),
+}
+
+
 def development_cases() -> list[Case]:
     """The cases of `DEVELOPMENT`."""
-    sizes = {"resnet18": 64, "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224, "convnext_atto": 64}
-    return [timm_case(n, sizes[n]) if n in sizes else transformers_case(n) for n in DEVELOPMENT]
+    timm = {name: timm_case(name, size, **settings) for name, (size, settings) in _SHALLOW.items()}
+    return [timm.get(name) or transformers_case(name) for name in DEVELOPMENT]

@@ -37,7 +37,7 @@ ROWS = [
         near_miss=dict.fromkeys(["h.1.ln_1", "h.1.ln_2", "ln_f"], "not selected by where=h.0.*"),
     ),
     Row("dyt", "t5", 12),
-    Row("dyt", "convnext_atto", 17),
+    Row("dyt", "convnext_atto", 10),
     Row("dyt", "bert", 5),
     Row("dyt", "RMSNormSpellings", {"torch", *(f"norms.{name}" for name in stress.RMSNormSpellings.spellings)}),
     Row("dyt", "CalledTwice", {"norm"}),

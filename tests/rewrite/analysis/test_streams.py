@@ -206,7 +206,7 @@ def test_development_models() -> None:
         ("bert", 2, {"attention", "ffn"}, {"post"}),
         ("gpt2", 2, {"attention", "ffn"}, {"pre"}),
         ("llama", 2, {"attention", "gated ffn"}, {"pre"}),
-        ("convnext_atto", 12, {"convolutional"}, {"inner"}),
+        ("convnext_atto", 5, {"convolutional"}, {"inner"}),
     ):
         found = branches(shared(name))
         assert len({b.layer for b in found}) == layers, name
