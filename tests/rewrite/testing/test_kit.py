@@ -19,6 +19,7 @@ import rewrite
 from rewrite import NEW, SAME, Contract, Pass, RewriteError, Selector, option
 from rewrite.graph.program import Program
 from rewrite.pipeline.context import Context
+from rewrite.pipeline.registry import as_passes
 from rewrite.testing import CHECKS, FreshProcess, PassCheckError, Subject, Trial, check_pass, check_refused
 
 ATEN = torch.ops.aten
@@ -435,6 +436,24 @@ class Unlowerable(Right):
         return Bessel(1, self.slope)
 
 
+class Doubled(nn.GELU):
+    """Twice a GELU, that claims to be one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+    def plain(self) -> nn.Module:
+        return nn.GELU()
+
+
+@dataclass(frozen=True)
+class Claims(Right):
+    """Puts in a layer that computes something else than it says for inference."""
+
+    def layer(self, program: Program, context: Context) -> nn.Module:
+        return Doubled()
+
+
 @dataclass(frozen=True)
 class Crashes(Right):
     """Fails with an error of its own."""
@@ -477,6 +496,7 @@ WRONG: list[tuple[str, Pass, str]] = [
     ("meta", MakesValues(), "act1.table is no meta tensor"),
     ("captured again", Hides(), "act1 is a Holder and is seen as no layer; announce it: Hides.inserts = (Holder,)"),
     ("lowered", Unlowerable(), "refuses it after"),
+    ("lowered", Claims(), "off"),
 ]
 
 
@@ -491,6 +511,10 @@ def test_a_wrong_pass_is_refused_by_the_check_of_its_name(
     assert info.value.check == check
     assert words in str(info.value)
     assert len(str(info.value).splitlines()[0]) > len(check) + 2
+
+
+def test_what_leaves_inference_as_it_was_is_not_converted_again() -> None:
+    assert "given what it was given before" in CHECKS["lowered"](trial(as_passes("compress-activations{min_size=1}")[0]))
 
 
 def test_every_check_refuses_something() -> None:
