@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,15 +55,24 @@ def _check_values(program: Program) -> Check:
                 if "provenance" in node.meta:
                     raise
                 values[node] = node.meta.get("val")  # an operator that dynamic sizes defeat, as recurrent ones do
-            if carried is not None and _described(values[node]) != _described(carried):
+            if carried is None or _described(values[node]) == _described(carried):
+                continue
+            if _unnamed(_described(values[node])) != _unnamed(_described(carried)):
                 return Check(
                     "values", False, f"{node.name} gives {_described(values[node])}, its metadata says {_described(carried)}"
                 )
+            values[node] = carried  # whose sizes that data decide have the names that other nodes know them by
     return Check("values", True, "FakeTensor shapes and dtypes")
 
 
 def _described(value: Any) -> str:
     return f"{tuple(str(s) for s in value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _unnamed(text: str) -> str:
+    """A description whose sizes that data decide (u0, u1) are numbered anew: each run of an operator names them anew."""
+    seen: dict[str, str] = {}
+    return re.sub(r"\bu\d+\b", lambda found: seen.setdefault(found[0], f"u{len(seen)}"), text)
 
 
 def _output_values(program: Program) -> list[str]:

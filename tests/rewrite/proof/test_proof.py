@@ -22,6 +22,7 @@ from rewrite.pipeline.context import Context
 from rewrite.pipeline.crash import VerificationError
 from rewrite.pipeline.registry import as_passes
 from rewrite.proof.contract import CLOSE, NEW, SAME
+from rewrite.proof.kept import _unnamed
 from tests.captures import capture, shared
 from tests.compare import bytes_of, outline, untouched
 
@@ -456,3 +457,25 @@ def test_result_has_no_trace_of_the_perturbation(tmp_path: Path) -> None:
 
 def test_passes_are_given_as_text_objects_or_lists() -> None:
     assert [p.text for p in as_passes(["dyt", probe(lambda p, c: None)])] == ["dyt", "probe"]
+
+
+class Picks(nn.Module):
+    """The rows of a norm that a mask picks: how many there are, data decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.norm(x)[mask])  # type: ignore[no-any-return]
+
+
+def test_sizes_that_data_decide_may_be_named_anew() -> None:
+    program = capture(Picks(), (torch.randn(2, 5, 8), torch.rand(2, 5) > 0.5))
+    assert apply(program, "dyt").history[-1].verification is not None
+
+
+def test_sizes_that_data_decide_are_told_apart() -> None:
+    assert (
+        _unnamed("('u4', 's1', 'u2', 'u4')") == _unnamed("('u0', 's1', 'u1', 'u0')") != _unnamed("('u0', 's1', 'u1', 'u1')")
+    )
