@@ -4,10 +4,11 @@
     python benchmarks/exact.py run swin_tiny_patch4_window7_224 --passes all --files --output build/every.jsonl
     python benchmarks/exact.py report [FILE ...]        # the tables of docs/benchmarks.md
 
-`run` goes on where the last run stopped and keeps one line a model in build/exact.jsonl, the last one of a model counting;
-each model has a process of its own and each pass `--limit` seconds of processor time. Of a pipeline only the last pass is
-proven: those before it have rows of their own. The figure is the largest relative error that the proof found, in exact
-arithmetic, in outputs, state and gradients. With --files each result is saved and loaded, and must give the same outputs.
+`run` goes on where the last run stopped, on whatever machine: it keeps one line a model in benchmarks/results/exact.jsonl,
+the last one of a model counting. Each model has a process of its own and each pass `--limit` seconds of processor time. Of
+a pipeline only the last pass is proven: those before it have rows of their own. The figure is the largest relative error
+that the proof found, in exact arithmetic, in outputs, state and gradients. With --files each result is saved and loaded,
+and must give the same outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import copy
 import functools
 import itertools
 import json
-import platform
 import re
 import signal
 import sys
@@ -43,7 +43,7 @@ from rewrite.pipeline.registry import as_passes, pass_names  # noqa: E402
 from rewrite.torch_private import pytree  # noqa: E402
 from tests.models import zoo  # noqa: E402
 
-RESULTS = ROOT / "build" / "exact.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "exact.jsonl"
 PASSES = (
     "rmsnorm",
     "rmsnorm{centering=keep}",
@@ -134,7 +134,8 @@ def one(case: zoo.Case, passes: list[str], options: argparse.Namespace) -> dict[
     """Every pass on one model, in a process of its own."""
     began = time.monotonic()
     found = dict(apart(functools.partial(cells, case, passes, options), 60 + options.limit * len(passes)))
-    row = {"name": case.name, "library": case.library, "s": round(time.monotonic() - began, 1)}
+    row = {"name": case.name, "library": case.library, "on": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    row["s"] = round(time.monotonic() - began, 1)
     if "error" in found:
         return {**row, "error": found["error"], "passes": {}}
     return {**row, "passes": {text: found.get(text, {"what": LATE}) for text in passes}}
@@ -185,7 +186,7 @@ def tried(program: rewrite.Program, text: str, files: bool) -> dict[str, Any]:
     errors = [check.error for check in checks if check.name in HELD and check.error is not None]
     reasons = [skip.reason for skip in record.skipped if skip.path]
     what = APPLIED if record.changed else LEFT if reasons else NOTHING
-    return {"what": what, "edits": len(record.changes), "error": max(errors, default=None), "reasons": reasons[:20]}
+    return {"what": what, "edits": len(record.changes), "error": max(errors, default=None), "reasons": reasons[:2]}
 
 
 def reloaded(program: rewrite.Program) -> None:
@@ -214,7 +215,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     """A row for each pass, the reasons for which models were left alone, and what failed."""
     seen = [row for row in found.values() if row["passes"]]
     counted = collections.Counter(row["library"] for row in seen)
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}: ", end="")
+    print(f"torch {', '.join(sorted({row['torch'] for row in seen}))}, {span(row['on'] for row in seen)}: ", end="")
     print(", ".join(f"{count} {library}" for library, count in counted.items()), end="; not captured: ")
     print(", ".join(row["name"] for row in found.values() if not row["passes"]) or "none", end="\n\n")
     print(f"| pass | {APPLIED} | {NOTHING} | {LEFT} | {LATE} | {FAILED} | largest error |")
@@ -235,6 +236,12 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         for name, result in row["passes"].items():
             if result["what"] in (FAILED, LATE):
                 print(f"{result['what']}: {name} on {row['name']}: {result.get('why', '')}", file=sys.stderr)
+
+
+def span(days: Iterable[str]) -> str:
+    """The first and the last of some days."""
+    ordered_ = sorted(set(days))
+    return " to ".join(dict.fromkeys((ordered_[0], ordered_[-1])))
 
 
 def kind_of(reason: str) -> str:

@@ -3,10 +3,11 @@
     python benchmarks/expansion_zoo.py run [NAME ...] [--library transformers|timm] [--seconds 300] [--limit 60]
     python benchmarks/expansion_zoo.py report
 
-`run` goes on where the last run stopped and keeps one line a model in build/expansion.jsonl; each model has a process of its
-own, and `--limit` seconds of processor time: what it did not come to is late. transformers' models come in an order that
-samples them evenly, those with a head first. A cell of `report` holds the largest relative error of outputs, state and
-gradients in exact arithmetic, in evaluation and training, or `-` where the model has no such dimension.
+`run` goes on where the last run stopped, on whatever machine: it keeps one line a model in
+benchmarks/results/expansion.jsonl. Each model has a process of its own, and `--limit` seconds of processor time: what it
+did not come to is late. transformers' models come in an order that samples them evenly, those with a head first. A cell of
+`report` holds the largest relative error of outputs, state and gradients in exact arithmetic, in evaluation and training,
+or `-` where the model has no such dimension.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from rewrite.errors import RewriteError, first_line, named_line  # noqa: E402
 from rewrite.pipeline.crash import VerificationError  # noqa: E402
 from tests.models import zoo  # noqa: E402
 
-RESULTS = ROOT / "build" / "expansion.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "expansion.jsonl"
 STEPS = {
     "ffn": "expand{ffn=2x}",
     "heads": "expand{heads=2x}",
@@ -118,6 +119,7 @@ def row_of(case: zoo.Case, limit: int) -> dict[str, Any]:
         "library": case.library,
         "seconds": round(time.monotonic() - began, 1),
         "limit": limit,
+        "on": time.strftime("%Y-%m-%d"),
         "cells": {**dict.fromkeys(STEPS, "late"), **found},
     }
 
