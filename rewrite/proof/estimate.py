@@ -14,10 +14,12 @@ from rewrite.numerics.compare import TOLERANCE
 
 from .contract import NoFormulaError
 from .cuts import Cut
-from .form import Form, Outcome, Setting, TensorsOf, World, projection
+from .form import Form, Outcome
 from .layerwise import LayerwiseForm
 from .part import Part
 from .record import Tape
+from .setting import Setting, projection
+from .tensors import TensorsOf, World
 from .variants import EXAMPLE
 
 if TYPE_CHECKING:

@@ -13,9 +13,11 @@ from rewrite.errors import first_line
 from rewrite.numerics.compare import TOLERANCE
 
 from .cuts import Cut
-from .form import Form, Outcome, Setting, World, one_ulp, projection
+from .form import Form, Outcome
 from .judge import Gap, excess, gap, resized_draws, tolerance
 from .record import Tape
+from .setting import Setting, one_ulp, projection
+from .tensors import World
 from .variants import EXAMPLE, FRESH
 
 Values = Sequence[torch.Tensor]

@@ -13,9 +13,11 @@ import torch
 
 from .contract import NoFormulaError, Promising
 from .cuts import Cut
-from .form import Form, Setting, TensorsOf, World
+from .form import Form
 from .part import Part
 from .reference import StandIn
+from .setting import Setting
+from .tensors import TensorsOf, World
 
 
 class LayerwiseForm(Form):

@@ -20,10 +20,11 @@ from rewrite.numerics.compare import TOLERANCE
 from .claims import Claims, Pair
 from .classes import signature
 from .cuts import Cut, Cutter
-from .form import Setting, World
 from .held import Held, hold
 from .hold import Forms, trials
 from .record import Tape
+from .setting import Setting
+from .tensors import World
 from .variants import EXAMPLE, variants
 
 _ROUNDS = 12

@@ -19,13 +19,15 @@ from .classes import signature
 from .contract import CLOSE, ESTIMATE, NEW, SAME, Contract, NoFormulaError, Promising
 from .cuts import Cut, Cutter
 from .estimate import gradient_held
-from .form import Form, Setting, World
+from .form import Form
 from .held import Held, hold, summed
 from .hold import Forms, trials
 from .judge import Gap
 from .local import LocalProof
 from .record import Tape
 from .reference import ReferenceForm
+from .setting import Setting
+from .tensors import World
 from .variants import EXAMPLE, variants
 
 

@@ -12,7 +12,7 @@ from torch.fx import Interpreter, Node
 
 from rewrite.graph.program import LayerGraph, Program
 
-from .form import SeededDraws
+from .draws import SeededDraws
 from .variants import EXAMPLE
 
 

@@ -16,8 +16,10 @@ from rewrite.torch_private import pytree
 
 from .contract import NoFormulaError, Promising
 from .cuts import Cut
-from .form import Form, Setting, TensorsOf, World
+from .form import Form
 from .part import Part
+from .setting import Setting
+from .tensors import TensorsOf, World
 
 
 class ReferenceForm(Form):
