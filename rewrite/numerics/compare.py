@@ -281,8 +281,8 @@ def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None, scale: float
     return error * (own or 1.0) / max(own, FLOOR * scale) if 0 < error < math.inf and scale else error
 
 
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max|a - b| / max|a|; infinities and NaNs must stand at the same places.
+def relative_error(a: torch.Tensor, b: torch.Tensor, least: float = 0.0) -> float:
+    """max|a - b| / max|a|, where a difference below ``least`` is none; infinities and NaNs must stand at the same places.
 
     Extreme values, such as a mask's ``finfo.min``, are compared apart: beside them every other error would be nothing. They
     are of one size, a thousand times that of all others; what explodes in a deep network is of every size, and is not.
@@ -305,7 +305,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     size, gap = a.abs(), (a - b).abs()
     if not bool(torch.isfinite(gap).all()):
         return float("inf")
-    return _measured(size, gap)
+    return _measured(size, torch.where(gap < least, 0, gap) if least else gap)
 
 
 def _measured(size: torch.Tensor, gap: torch.Tensor) -> float:

@@ -136,9 +136,12 @@ def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float)
     A gradient that is a sum over n positions may be off by √n / 4 times as many ulps: rounding adds up like a random walk.
     Parameters that follow from old ones have gradients of their own, whose truth is in ``own``, the new form run exactly:
     their errors are held against those of all old gradients, the others against the old errors of the same ones.
+    Where an ulp of an output is below the least normal number of float32, what it was made of had fewer digits than its
+    dtype has, and no error counts: exact arithmetic has judged there.
     """
+    least = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
     outputs, theirs = (
-        max((relative_error(a, b.to(a.dtype)) for a, b in zip(truth.outputs, run.outputs, strict=True)), default=0.0)
+        max((relative_error(a, b.to(a.dtype), least) for a, b in zip(truth.outputs, run.outputs, strict=True)), default=0.0)
         for run in (new, old)
     )
     found = Gap(outputs if outputs > SLACK * theirs + SLACK * eps else 0.0)

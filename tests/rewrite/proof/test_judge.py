@@ -25,3 +25,11 @@ def test_gradients_are_held_against_old_ones_of_the_same_kind(x: float, w: float
     truth, old = outcome(0.0, 0.0), outcome(0.4, 3.0)
     new, own = outcome(x, w, "new", sources=frozenset({"w"})), outcome(0.0, 0.0, "new")
     assert (excess(truth, old, new, own, EPS).gradients > 0) == too_far
+
+
+@pytest.mark.parametrize(("size", "too_far"), [(1e-34, False), (1e-20, True)])
+def test_numbers_that_lose_their_digits_are_left_to_exact_arithmetic(size: float, too_far: bool) -> None:
+    """Half an output is off: at 1e-34, what it was made of may have had no digit left."""
+    truth, old = (Outcome([torch.tensor([size], dtype=dtype)], []) for dtype in (torch.float64, torch.float32))
+    new = Outcome([torch.tensor([size / 2])], [])
+    assert (excess(truth, old, new, truth, EPS).outputs > 0) == too_far
