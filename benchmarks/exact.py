@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import rewrite  # noqa: E402
 from benchmarks.apart import apart  # noqa: E402
-from benchmarks.expansion_zoo import ordered  # noqa: E402
+from benchmarks.expansion_zoo import made, ordered  # noqa: E402
 from rewrite.errors import RewriteError, named_line  # noqa: E402
 from rewrite.pipeline.registry import as_passes, pass_names  # noqa: E402
 from rewrite.torch_private import pytree  # noqa: E402
@@ -214,8 +214,10 @@ def ring(*_: Any) -> None:
 def report(found: dict[str, dict[str, Any]]) -> None:
     """A row for each pass, the reasons for which models were left alone, and what failed."""
     seen = [row for row in found.values() if row["passes"]]
+    if not seen:
+        return
     counted = collections.Counter(row["library"] for row in seen)
-    print(f"torch {', '.join(sorted({row['torch'] for row in seen}))}, {span(row['on'] for row in seen)}: ", end="")
+    print(f"{made(seen)}: ", end="")
     print(", ".join(f"{count} {library}" for library, count in counted.items()), end="; not captured: ")
     print(", ".join(row["name"] for row in found.values() if not row["passes"]) or "none", end="\n\n")
     print(f"| pass | {APPLIED} | {NOTHING} | {LEFT} | {LATE} | {FAILED} | largest error |")
@@ -236,12 +238,6 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         for name, result in row["passes"].items():
             if result["what"] in (FAILED, LATE):
                 print(f"{result['what']}: {name} on {row['name']}: {result.get('why', '')}", file=sys.stderr)
-
-
-def span(days: Iterable[str]) -> str:
-    """The first and the last of some days."""
-    ordered_ = sorted(set(days))
-    return " to ".join(dict.fromkeys((ordered_[0], ordered_[-1])))
 
 
 def kind_of(reason: str) -> str:

@@ -17,13 +17,12 @@ import collections
 import functools
 import itertools
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +87,12 @@ def results() -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
+def made(rows: Sequence[dict[str, Any]]) -> str:
+    """With which versions of torch rows were made, and from which day to which."""
+    versions, days = ({row[key] for row in rows} for key in ("torch", "on"))
+    return f"torch {', '.join(sorted(versions))}, {' to '.join(sorted({min(days), max(days)}))}"
+
+
 # -------------------- running --------------------
 
 
@@ -120,6 +125,7 @@ def row_of(case: zoo.Case, limit: int) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "limit": limit,
         "on": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
         "cells": {**dict.fromkeys(STEPS, "late"), **found},
     }
 
@@ -175,10 +181,8 @@ def report(library: str) -> None:
     if not rows:
         return
     total = len(ordered(library))
-    print(
-        f"{library}: {len(rows)} of {total} models; torch {torch.__version__}, Python {platform.python_version()}, ", end=""
-    )
-    print(f"one thread, {time.strftime('%Y-%m-%d')}; median {statistics.median(r['seconds'] for r in rows):.0f} s a model\n")
+    print(f"{library}: {len(rows)} of {total} models; {made(rows)}, ", end="")
+    print(f"one thread; median {statistics.median(r['seconds'] for r in rows):.0f} s a model\n")
     print("| expansion | applied | worst error | refused | no such place | late | failed |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for kind, text in STEPS.items():
