@@ -50,10 +50,11 @@ class FFNFusion(Pass):
 
     Dropout of equal rates goes along. Behind the activation each hidden unit is dropped by a draw of its own, as before.
     Behind the last projection one draw serves the sum, where each FFN had its own: the mean is the same, the distribution
-    is another, so that of the last step only evaluation is promised then. Without it training is held as well.
+    is another, so that of the last step only evaluation is promised then. So it is with stochastic depth of equal rates: a
+    sample keeps all FFNs of a run or none. Without either training is held as well.
 
-    Left alone, with the reason: norms after the addition, FFNs unlike each other (other rates of dropout too), stochastic
-    depth.
+    Left alone, with the reason: norms after the addition, FFNs unlike each other (other rates of dropout or stochastic
+    depth too).
 
     Source: Bercovich et al., "FFN Fusion: Rethinking Sequential Computation in Large Language Models" (arXiv 2503.18908),
     section 3 and appendix.
@@ -173,7 +174,7 @@ class _Widen(Pass):
 
     name = "widen-ffns"
     runs: str = option("", "paths of each run: 'layers.1.mlp,layers.2.mlp;layers.4.mlp,layers.5.mlp'")
-    redrawn: bool = option(False, "one dropout is drawn for the sum where each FFN had its own: training is not the same")
+    redrawn: bool = option(False, "one draw drops of the sum where each FFN had its own: training is not the same")
 
     def contract(self) -> Contract:
         return Contract(forward=SAME, backward=SAME, evaluation_only=self.redrawn)

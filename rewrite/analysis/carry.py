@@ -93,6 +93,14 @@ def is_carrier(layer: nn.Module) -> bool:
     )
 
 
+def passed_on(carrier: nn.Module) -> int:
+    """The place of the input that a carrier passes on; what else a region is given may be a tensor whose sizes it reads."""
+    if not isinstance(carrier, Region):
+        return 0
+    evaluation = carrier.graphs["eval"]
+    return evaluation.find_nodes(op="placeholder").index(evaluation.output_node().all_input_nodes[0])
+
+
 def _tensor(node: Any) -> torch.Tensor | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
     if isinstance(value, list | tuple):
@@ -123,7 +131,7 @@ _POOLS = (
 
 def _by_layer(layer: nn.Module, node: Node, operand: Node, axis: int) -> int | None:
     if is_carrier(layer) or isinstance(layer, Scale):
-        return axis
+        return axis if node.args[passed_on(layer)] is operand else None
     if isinstance(layer, _POOLS) and axis <= 1:
         return axis
     return None

@@ -17,6 +17,7 @@ from rewrite.torch_private import _DropoutNd
 
 from .branches import Branch
 from .carry import dimensions
+from .factors import factor_of
 from .norms import norm_of
 from .writes import Writes
 
@@ -72,15 +73,19 @@ class FFNs:
             return "one has biases and the other has none"
         if repr(self.program.layer(a.act)) != repr(self.program.layer(b.act)):
             return "they have other activations"
-        if self._inner(a) != self._inner(b) or self.outer(a.branch) != self.outer(b.branch):
+        outer = [self.outer(f.branch) for f in (a, b)]
+        if outer[0] != outer[1] and any(isinstance(o, str) for o in {*outer[0]} ^ {*outer[1]}):
+            return "they have stochastic depth of other rates, or one has none"
+        if self._inner(a) != self._inner(b) or outer[0] != outer[1]:
             return "they have dropout of other rates or elsewhere, or gate and up in another order"
         norms = [norm_of(self.program, f.branch.norms[0]) for f in (a, b)]
         kinds = [None if n is None else (n.kind, n.shape, n.eps, n.channel_axis) for n in norms]
         return "" if kinds[0] == kinds[1] is not None else "they have other norms"
 
-    def outer(self, branch: Branch) -> tuple[float, ...]:
-        """The rates above 0 of what drops units of a branch's output."""
-        return tuple(rate for n in branch.carriers if (rate := self._rate(n)))
+    def outer(self, branch: Branch) -> tuple[float | str | None, ...]:
+        """What drops a branch's output at random: units by their rates above 0, samples by the form of their factor."""
+        rates = [(n, self._rate(n)) for n in branch.carriers]
+        return tuple(factor_of(self.program, n) if rate is None else rate for n, rate in rates if rate != 0)
 
     def _inner(self, ffn: FFN) -> object:
         """What lies between the projections, from the last one back: the same for FFNs whose hidden units can be stacked."""
@@ -133,8 +138,9 @@ class FFNs:
     def _dropout(self, branch: Branch) -> str:
         """Which dropout of a branch one FFN in the place of several cannot have; empty if none."""
         layers = [n for n in branch.carriers if n.op == "call_module"]
-        if any(self._rate(n) is None and type(self.program.layer(n)) is not nn.Identity for n in layers):
-            return "it is left out at random as a whole"
+        plain = (n for n in layers if self._rate(n) is None and type(self.program.layer(n)) is not nn.Identity)
+        if any(factor_of(self.program, n) is None for n in plain):
+            return "what it adds is changed in training by more than a factor"
         early = any(self._rate(n.all_input_nodes[0]) is not None for n in branch.parts.first)
         return "it has dropout before its first projection" if early else ""
 

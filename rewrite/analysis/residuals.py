@@ -12,7 +12,7 @@ from rewrite.graph.layers import Scale
 from rewrite.graph.nodes import aten, fixed_size, module_key, packet, tensor_value
 from rewrite.graph.program import Program
 
-from .carry import is_carrier, scale_of
+from .carry import is_carrier, passed_on, scale_of
 from .norms import Norm
 
 ADDS = (aten.add, aten.add_)
@@ -111,14 +111,12 @@ def _tensor_operands(node: Node) -> bool:
 def passed_through(program: Program, node: Node) -> Node:
     """The value that ``node`` only carries on: casts, reshapes, dropout, stochastic depth and scales are looked through."""
     while True:
-        inner = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if inner is None:
-            return node
         layer = program.layer(node) if node.op == "call_module" else None
-        if packet(node) in _PASSING or (layer is not None and (is_carrier(layer) or isinstance(layer, Scale))):
-            node = inner
-        else:
+        carries = layer is not None and (is_carrier(layer) or isinstance(layer, Scale))
+        inner = node.args[passed_on(layer) if layer is not None and carries else 0] if node.args else None
+        if not isinstance(inner, Node) or not (carries or packet(node) in _PASSING):
             return node
+        node = inner
 
 
 def post_norms(program: Program, norms: Sequence[Norm]) -> list[Norm]:

@@ -14,6 +14,7 @@ import rewrite
 from rewrite import RewriteError, apply
 from rewrite.analysis.windows import cut
 from rewrite.errors import PipelineError
+from rewrite.graph.regions import Region
 from rewrite.passes.depth.ffn_fusion import FFNFusion
 from rewrite.passes.depth.merge_linears import MergeLinears
 from rewrite.passes.depth.stochastic_depth import StochasticDepth
@@ -275,6 +276,97 @@ def test_a_fused_ffn_with_dropout_is_trained_and_read_back(tmp_path: Path) -> No
     assert {type(layer).__name__ for _, layer in program.layers()} >= {"Dropout"}
 
 
+class ByMode(nn.Module):
+    """What the code of a model does in training alone."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x) if self.training else x
+
+
+def floored(x: Tensor) -> Tensor:
+    """Stochastic depth of rate a half as transformers has it."""
+    return x.div(0.5) * (0.5 + torch.rand((x.shape[0], 1, 1), dtype=x.dtype, device=x.device)).floor()
+
+
+def _by_timm(rate: float) -> nn.Module:
+    from timm.layers import DropPath
+
+    return DropPath(rate)
+
+
+def _by_torchvision(rate: float) -> nn.Module:
+    from torchvision.ops import StochasticDepth as Theirs
+
+    return Theirs(rate, "row")
+
+
+def _left_out(layer: nn.Module) -> Dropping:
+    ffn = Dropping()
+    ffn.outer = layer  # type: ignore[assignment]
+    return ffn
+
+
+DEPTHS: dict[str, Callable[[float], nn.Module]] = {
+    "of the pass": StochasticDepth,
+    "of timm": _by_timm,
+    "of torchvision": _by_torchvision,
+}
+
+
+@pytest.mark.parametrize("make", [*DEPTHS.values(), lambda _: ByMode(floored)], ids=[*DEPTHS, "of transformers"])
+def test_one_draw_leaves_the_sum_out_sample_by_sample(make: Callable[[float], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), _left_out(make(0.5)), _left_out(make(0.5))).eval()
+    program = fused(model, "ffn-fusion{where='0-1'}")
+    assert last_step(program) == "forward same, backward same, evaluation only"
+    samples = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(1))
+    x = model[0](samples)
+    total = model[1].f(x) + model[2].f(x)
+    assert torch.allclose(program.module.eval()(samples), x + total, atol=1e-5)
+    added = program.module.train()(samples) - x
+    kept = (added - 2 * total).abs().amax((1, 2)) < 1e-4
+    left = added.abs().amax((1, 2)) < 1e-5
+    assert bool((kept ^ left).all())
+    assert 16 < int(kept.sum()) < 48
+
+
+@pytest.mark.parametrize("make", DEPTHS.values(), ids=DEPTHS)
+@pytest.mark.parametrize("second", [0.2, 0.0])
+def test_stochastic_depth_of_other_rates_is_left_alone(make: Callable[[float], nn.Module], second: float) -> None:
+    (record,) = fused(Stack(_left_out(make(0.5)), _left_out(make(second))), "ffn-fusion{where='0-1'}").history
+    assert not record.changed
+    assert any("they have stochastic depth of other rates, or one has none" in s.reason for s in record.skipped)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x + 0.1 * torch.randn_like(x),
+        lambda x: x * x.mean(-1, keepdim=True),
+        lambda x: 0.5 / x,
+        lambda x: x.mul(2).clamp(max=1),
+    ],
+    ids=["noise", "a factor by the values", "a quotient", "bent"],
+)
+def test_what_is_changed_in_training_by_more_than_a_factor_is_left_alone(change: Callable[[Tensor], Tensor]) -> None:
+    (record,) = fused(Stack(*(_left_out(ByMode(change)) for _ in range(2))), "ffn-fusion{where='0-1'}").history
+    assert not record.changed
+    assert any("changed in training by more than a factor" in s.reason for s in record.skipped)
+
+
+def test_a_fused_ffn_with_stochastic_depth_is_trained_and_read_back(tmp_path: Path) -> None:
+    program = fused(Stack(*(_left_out(_by_timm(0.5)) for _ in range(3))), "ffn-fusion{where='0-2'}")
+    assert sum(isinstance(layer, Region) for _, layer in program.layers()) == 1
+    rewrite.save(program, tmp_path / "fused.pt2")
+    again = rewrite.load(tmp_path / "fused.pt2").module
+    assert torch.equal(again.eval()(X), program.module.eval()(X))
+    again.train()(X).square().mean().backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
 SIZES: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16},
     "OPT": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16},
@@ -307,12 +399,6 @@ def _early() -> nn.Module:
     return ffn
 
 
-def _left_out() -> nn.Module:
-    ffn = Dropping()
-    ffn.outer = StochasticDepth(0.1)
-    return ffn
-
-
 def _alpha() -> nn.Module:
     ffn = FFN()
     ffn.act = nn.Sequential(nn.GELU(), nn.AlphaDropout(0.1))
@@ -324,7 +410,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout behind": (lambda: Dropping(0.0, 0.1), "they have dropout of other rates"),
     "dropout before": (_early, "it has dropout before its first projection"),
     "alpha dropout": (_alpha, "it is more than two or three projections and an activation"),
-    "stochastic depth": (_left_out, "it is left out at random as a whole"),
+    "stochastic depth": (lambda: _left_out(StochasticDepth(0.1)), "they have stochastic depth of other rates"),
     "gate": (lambda: FFN(gated=True), "one is gated, or has gate and up in one"),
     "activation": (lambda: FFN(act=nn.ReLU()), "they have other activations"),
     "eps": (lambda: FFN(eps=1e-3), "they have other norms"),

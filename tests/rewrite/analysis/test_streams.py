@@ -13,6 +13,7 @@ from rewrite import Program
 from rewrite.analysis.branches import branches
 from rewrite.analysis.carry import carried, sources
 from rewrite.analysis.norms import norms
+from rewrite.analysis.residuals import residual_adds
 from rewrite.analysis.streams import stream_of, streams
 from rewrite.analysis.uses import Uses
 from tests.captures import capture, shared
@@ -128,6 +129,30 @@ def test_a_convolutional_branch_and_its_channels() -> None:
     assert set(stream.values.values()) == {1}
     assert [b.kind for b in branches(program)] == ["convolutional"] * 2
     assert [str(w.target) for w in stream.writers] == ["0", "1.out", "2.out"]
+
+
+class LeftOut(nn.Module):
+    """A branch that is left out sample by sample in training; the draw's size is read first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(DIM), ffn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(self.norm(x))
+        return x + (y * torch.empty(x.shape[0], 1, 1).bernoulli_(0.5) if self.training else y)
+
+
+def test_what_stochastic_depth_is_given_for_its_size_alone_is_not_carried() -> None:
+    program = capture(nn.Sequential(nn.Linear(DIM, DIM), LeftOut()), (torch.randn(2, 5, DIM),))
+    (branch,) = branches(program)
+    (region,) = branch.carriers
+    (given,) = program.graph.find_nodes(op="placeholder")
+    assert given in region.args
+    assert carried(program, region, given, 2) is None
+    assert carried(program, region, branch.output, 2) == 2
+    (addition,) = residual_adds(program)
+    assert addition.branch is branch.output
 
 
 def test_parallel_branches_share_their_start() -> None:
