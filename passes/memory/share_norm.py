@@ -81,7 +81,7 @@ class ShareNorm(Pass):
                 continue
             inner = _inner(program, norm)
             if norm.weight is not None or norm.bias is not None:
-                fold_affine(context.edit, norm, readers.linears(norm.node))
+                fold_affine(context.edit, norm, readers.linears(norm.node, norm.channel_axis))
             layer = SharedNorm(inner, len(norm.shape), norm.eps, norm.kind == "layer")
             context.edit.replace_layer(norm.path, layer)
 

@@ -59,7 +59,7 @@ class DeferNorm(Pass):
         return Contract(forward=SAME, backward=SAME)
 
     def run(self, program: Program, context: Context) -> None:
-        found, ready = NormReaders(program, averages=False), []
+        found, ready = NormReaders(program, averages=False, convolutions=False), []
         for norm in context.choose(norms(program), self.where):
             reason = _obstacle(norm, found)
             if reason:

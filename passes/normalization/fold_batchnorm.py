@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from rewrite.analysis.linears import pads
 from rewrite.analysis.sites import Site, sites
 from rewrite.analysis.uses import Uses
 from rewrite.analysis.writers import along, named
@@ -77,7 +78,7 @@ def _place(site: Site, uses: Uses) -> Place | str:
     if not reason:
         return Place(before, behind=False)
     readers = list(site.node.users)
-    if len(readers) == 1 and not _obstacle(readers[0], uses, "reads") and not _pads(uses.layer(readers[0])):
+    if len(readers) == 1 and not _obstacle(readers[0], uses, "reads") and _reads_alike(uses.layer(readers[0])):
         return Place(readers[0], behind=True)
     return reason
 
@@ -92,11 +93,9 @@ def _obstacle(node: Node, uses: Uses, does: str) -> str:
     return "" if uses.alone(layer.weight) else f"{node.target}, which {does} it, shares its weight"
 
 
-def _pads(layer: Any) -> bool:
-    """Whether a layer adds zeros of its own, or reads its channels in groups."""
-    padding = getattr(layer, "padding", 0)
-    sizes = padding if isinstance(padding, tuple) else (padding,)
-    return getattr(layer, "groups", 1) != 1 or any(size not in (0, "valid") for size in sizes)
+def _reads_alike(layer: Any) -> bool:
+    """Whether a layer reads nothing but what it is given, and each output all channels of it."""
+    return getattr(layer, "groups", 1) == 1 and not pads(layer)
 
 
 def _fold(site: Site, place: Place | str, edit: Editor) -> str:

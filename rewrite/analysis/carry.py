@@ -200,6 +200,19 @@ def _permuted(node: Node, named: Mapping[str, Any], operand: Node, axis: int) ->
     return [int(d) % dimensions(operand) for d in named["dims"]].index(axis)
 
 
+def _moved(node: Node, named: Mapping[str, Any], operand: Node, axis: int) -> int | None:
+    """``movedim``: what is not moved keeps its order on the axes that are left."""
+    rank = dimensions(operand)
+    sources, places = (
+        [d % rank for d in (given if isinstance(given, list | tuple) else [given])]
+        for given in (named["source"], named["destination"])
+    )
+    if axis in sources:
+        return places[sources.index(axis)]
+    left = [place for place in range(rank) if place not in places]
+    return left[[own for own in range(rank) if own not in sources].index(axis)]
+
+
 def _matched(node: Node, named: Mapping[str, Any], operand: Node, axis: int) -> int | None:
     """Reshapes, views, squeezes, expansions: the axis of the same size with as many elements before it and behind it."""
     before, after = sizes(operand), sizes(node)
@@ -266,6 +279,7 @@ _GROUPS: tuple[tuple[Rule, str], ...] = (
     (_chosen, "where masked_fill masked_fill_"),
     (_transposed, "transpose transpose_ swapaxes"),
     (_permuted, "permute"),
+    (_moved, "movedim moveaxis"),
     (_matched, "reshape view flatten unflatten unsqueeze unsqueeze_ squeeze squeeze_ _unsafe_view"),
     (_expanded, "expand expand_as repeat"),
     (_apart(False), "slice narrow split split_with_sizes chunk tensor_split roll flip index_select"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from rewrite.graph.layers import TransposedLinear
@@ -26,10 +26,13 @@ from rewrite.graph.nodes import (
 from rewrite.graph.program import Program
 from rewrite.torch_private import _DropoutNd
 
-from .carry import carried, dimensions
+from .carry import carried
 
-Layout = Literal["out_in", "in_out"]
+Layout = Literal["out_in", "in_out", "convolution"]
+_READ: dict[Layout, int] = {"out_in": -1, "in_out": 0, "convolution": 1}
+"""The axis of a weight that lies along what is read."""
 _ALL = (0, 2**62)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SPLITS = (aten.split_with_sizes, aten.split, aten.chunk, aten.tensor_split)
 
 
@@ -54,7 +57,8 @@ class Rows:
 class Linear:
     """One linear map in a graph: y = x Wᵀ + b, with W [out_features, in_features].
 
-    W is ``weight``, tensors of the model put one below the other, each kept as ``layout`` says ("in_out": transposed).
+    W is ``weight``, tensors of the model put one below the other, each kept as ``layout`` says ("in_out": transposed). A
+    "convolution" is one with W [out_features, *kernel, in_features]: such a map at each place of its kernel, added up.
     b is ``bias``, likewise; empty without one. ``layer`` is the layer that computes it, at ``path``, or None: then it
     is a product with free parameters (a packed projection, a concatenated bias) in the code of the module at ``path``.
     """
@@ -77,6 +81,16 @@ class Linear:
         return tuple(dict.fromkeys(kind.rpartition(".")[2] for kind in kinds if kind))
 
 
+def matrix(tensor: Tensor, layout: Layout) -> Tensor:
+    """W, the channels that are read last, of a tensor in a layout."""
+    return tensor.movedim(_READ[layout], -1)
+
+
+def in_layout(weight: Tensor, layout: Layout) -> Tensor:
+    """A tensor in a layout of W: the inverse of ``matrix``."""
+    return weight.movedim(-1, _READ[layout]).contiguous()
+
+
 def linears(program: Program) -> list[Linear]:
     """Every call of a linear map, in execution order."""
     found = (linear_of(program, node) for node in program.graph.nodes)
@@ -88,6 +102,25 @@ def linear_of(program: Program, node: Node) -> Linear | None:
     if node.op == "call_module":
         return _layer(program, node)
     return _product(program, node) if packet(node) is aten.linear else None
+
+
+def convolution_of(program: Program, node: Node) -> Linear | None:
+    """The convolution without groups that a node computes, as a linear map of its channels; None if it computes none."""
+    layer: Any = program.layer(node) if node.op == "call_module" else None
+    path = str(node.target)
+    if type(layer) not in _CONVOLUTIONS or layer.groups != 1 or not isinstance(node.args[0], Node):
+        return None
+    sizes = layer.in_channels, layer.out_channels
+    weight, bias = (Rows(f"{path}.{name}", 0, sizes[1]) for name in ("weight", "bias"))
+    own = (bias,) if layer.bias is not None else ()
+    return Linear(node, node.args[0], path, *sizes, (weight,), own, "convolution", layer)
+
+
+def pads(layer: object) -> bool:
+    """Whether a layer reads zeros beside what it is given."""
+    padding = getattr(layer, "padding", 0)
+    sizes = padding if isinstance(padding, tuple) else (padding,)
+    return any(size not in (0, "valid") for size in sizes)
 
 
 def _layer(program: Program, node: Node) -> Linear | None:
@@ -186,30 +219,30 @@ def _ends(program: Program, node: Node, path: str) -> list[tuple[Node, Rows]]:
 _MOVES = frozenset(
     getattr(aten, name)
     for names in (
-        "transpose permute reshape view flatten unflatten unsqueeze squeeze expand contiguous clone",
+        "transpose permute movedim reshape view flatten unflatten unsqueeze squeeze expand contiguous clone",
         "select slice narrow index mean",
     )
     for name in names.split()
 )
 
 
-def readers(program: Program, node: Node, *, averages: bool = True) -> Iterator[tuple[Node, Node]]:
-    """Who reads a value along its last axis, with the node it is read from: (reader, source).
+def readers(program: Program, node: Node, axis: int, *, averages: bool = True) -> Iterator[tuple[Node, Node, int]]:
+    """Who reads a value along an axis, with the node it is read from, and the axis there: (reader, source, axis).
 
     Nodes that move, choose or average along the other axes are looked through: what they give of an affine map of the
-    last axis is that map of what they give. So is a dropout that drops nothing. Without ``averages`` those that average
+    axis is that map of what they give. So is a dropout that drops nothing. Without ``averages`` those that average
     are not: what comes of each row by itself does not come of their mean.
     """
     for user in node.users:
-        if _keeps_last(program, user, node) and (averages or packet(user) is not aten.mean):
-            yield from readers(program, user, averages=averages)
+        moved = _moved(program, user, node, axis) if averages or packet(user) is not aten.mean else None
+        if moved is None:
+            yield user, node, axis
         else:
-            yield user, node
+            yield from readers(program, user, moved, averages=averages)
 
 
-def _keeps_last(program: Program, node: Node, source: Node) -> bool:
+def _moved(program: Program, node: Node, source: Node, axis: int) -> int | None:
+    """The axis of a node's value on which a value's axis lies, None where the node is not to be looked through."""
     layer: Any = program.layer(node) if node.op == "call_module" else None
-    if packet(node) not in _MOVES and not (isinstance(layer, _DropoutNd) and not layer.p):
-        return False
-    rank = dimensions(source)
-    return bool(rank) and carried(program, node, source, rank - 1) == dimensions(node) - 1
+    dropless = isinstance(layer, _DropoutNd) and not layer.p
+    return carried(program, node, source, axis) if packet(node) in _MOVES or dropless else None

@@ -116,6 +116,18 @@ class BiasedRMSNorm(nn.RMSNorm):
         return y if self.channel_axis == -1 else y.movedim(-1, self.channel_axis)
 
 
+class ChannelsLayerNorm(nn.LayerNorm):
+    """y = (x - mean) / √(variance + eps) over axis 1 of a channels-first map [N, channels, ...], without weight and bias."""
+
+    channel_axis = 1
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class ModalOperator(nn.Module):
     """An ATen operator some of whose arguments depend on the mode, such as ``lstm(..., train)``.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rewrite.analysis.linears import Linear
+from rewrite.analysis.linears import Linear, matrix
 from rewrite.analysis.norms import Norm, norms
 from rewrite.analysis.streams import Stream
 from rewrite.analysis.writers import Written, named
@@ -88,7 +88,7 @@ class Compressing:
     def _reading(self, group: Sequence[Pair], written: Sequence[Written], dim: Dim) -> str:
         """Why what reads the norms cannot take d - 1 units, or what else lies along the dimension."""
         baked = {path for plan in written for path, _ in plan.tensors} | {plan.gain for plan in written}
-        readers = NormReaders(self.program, [path for plan in written for path in plan.shared], biased=True)
+        readers = NormReaders(self.program, [path for plan in written for path in plan.shared], biased=True, convolutions=False)
         held = {path for norm, _ in group for path in (norm.weight_path, norm.bias_path)}
         for norm, _ in group:
             if norm.channel_axis != -1:
@@ -126,7 +126,7 @@ class Compressing:
         edit = self.context.edit
         for stream in {id(stream): stream for _, stream in group}.values():
             self.centering.center(stream)
-        readers = NormReaders(self.program)
+        readers = NormReaders(self.program, convolutions=False)
         for norm, _ in group:
             linears = readers.linears(norm.node)
             fold_affine(edit, norm, linears)
@@ -149,7 +149,7 @@ def _dim_of(norm: Norm, table: Table) -> Dim:
 def _weight(program: Program, linear: Linear) -> torch.Tensor:
     """W [out_features, in_features] of a linear map."""
     tensors = ((rows, attribute(program.module, rows.path)) for rows in linear.weight)
-    return torch.cat([(t if linear.layout == "out_in" else t.t())[rows.start : rows.stop] for rows, t in tensors])
+    return torch.cat([matrix(t, linear.layout)[rows.start : rows.stop] for rows, t in tensors])
 
 
 def _without_last(weight: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""Folding an affine map of the channels into the linear maps that read it: W (a ∘ n + b) + c = (W diag(a)) n + (c + W b)."""
+"""Folding an affine map of the channels into the linear maps that read it: W (a ∘ n + b) + c = (W diag(a)) n + (c + W b).
+
+A convolution without groups is such a map too, W and W b summed over its kernel; zeros that it puts around its input are
+not a ∘ 0 + b, so that one with padding takes a alone.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,23 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewrite.analysis.linears import Layout, Linear, Readers, Rows, linear_of, readers
+from rewrite.analysis.carry import dimensions
+from rewrite.analysis.linears import (
+    Layout,
+    Linear,
+    Readers,
+    Rows,
+    convolution_of,
+    in_layout,
+    linear_of,
+    matrix,
+    pads,
+    readers,
+)
 from rewrite.analysis.norms import Norm
 from rewrite.analysis.uses import Uses
 from rewrite.analysis.writers import named
+from rewrite.graph.layers import BiasedRMSNorm, ChannelsLayerNorm
 from rewrite.graph.nodes import attribute
 
 if TYPE_CHECKING:
@@ -32,39 +49,54 @@ class NormReaders:
     """Who reads the values of norms, how often each layer is called, and which tensors are shared.
 
     ``untied`` names tensors that will have been untied by then, with ``biased`` a layer without a bias is given one.
-    Without ``averages`` nothing is folded through a mean of rows.
+    Without ``averages`` nothing is folded through a mean of rows, without ``convolutions`` into linear layers alone.
     """
 
     def __init__(
-        self, program: Program, untied: Collection[str] = (), *, biased: bool = False, averages: bool = True
+        self,
+        program: Program,
+        untied: Collection[str] = (),
+        *,
+        biased: bool = False,
+        averages: bool = True,
+        convolutions: bool = True,
     ) -> None:
         self.program = program
         self.averages = averages
+        self.convolutions = convolutions
         self.untied = untied
         self.biased = biased
         self.uses = Uses(program)
         self.tensors = Readers(program)
 
-    def linears(self, node: Node) -> list[Linear]:
-        """The linear maps that read a value, each once."""
-        found = {reader: linear_of(self.program, reader) for reader, _ in self._readers(node)}
+    def linears(self, node: Node, axis: int = -1) -> list[Linear]:
+        """The linear maps that read a value along an axis, each once."""
+        found = {reader: self._linear(reader) for reader, _, _ in self._readers(node, axis)}
         return [linear for linear in found.values() if linear is not None]
 
-    def obstacle(self, node: Node, *, shifted: bool) -> str:
-        """Why nothing can be folded into what reads a value, a shift neither where ``shifted``; empty if it can."""
-        return next(filter(None, (self._reader(*pair, shifted) for pair in self._readers(node))), "")
+    def obstacle(self, node: Node, axis: int = -1, *, shifted: bool) -> str:
+        """Why nothing can be folded into what reads a value along an axis, a shift neither where ``shifted``; or empty."""
+        return next(filter(None, (self._reader(*found, shifted) for found in self._readers(node, axis))), "")
 
-    def _readers(self, node: Node) -> Iterator[tuple[Node, Node]]:
-        return readers(self.program, node, averages=self.averages)
+    def _readers(self, node: Node, axis: int) -> Iterator[tuple[Node, Node, int]]:
+        return readers(self.program, node, axis % dimensions(node), averages=self.averages)
 
-    def _reader(self, reader: Node, source: Node, shifted: bool) -> str:
-        linear = linear_of(self.program, reader)
+    def _linear(self, node: Node) -> Linear | None:
+        found = linear_of(self.program, node)
+        return convolution_of(self.program, node) if found is None and self.convolutions else found
+
+    def _reader(self, reader: Node, source: Node, axis: int, shifted: bool) -> str:
+        linear = self._linear(reader)
         if linear is None or linear.source is not source:
-            return f"{named(reader)} reads it, which is no linear layer"
+            return f"{named(reader)} reads it, which is no linear layer" + " or convolution" * self.convolutions
+        if axis != _read_axis(linear):
+            return f"{named(reader)} reads it along another axis"
         folded = [*linear.weight, *(linear.bias if shifted else ())]
         shared = next(filter(None, (self._shared(rows, reader) for rows in folded)), "")
         if shared:
             return f"{named(reader)}, which reads it, {shared}"
+        if shifted and pads(linear.layer):
+            return f"{named(reader)}, which reads it, puts zeros around it"
         if shifted and not linear.bias and not (self.biased and linear.layer is not None):
             return f"{named(reader)}, which reads it, has no bias to take its own"
         return ""
@@ -81,6 +113,11 @@ class NormReaders:
         if not others:
             return ""
         return "is called elsewhere too" if reader.op == "call_module" else f"shares {rows.path} with {others[0].name}"
+
+
+def _read_axis(linear: Linear) -> int:
+    """The axis of what a linear map reads that its weights lie along."""
+    return dimensions(linear.source) - 1 - len(getattr(linear.layer, "kernel_size", ()))
 
 
 def fold_shift(edit: Editor, linears: Sequence[Linear], shift: Vector, *sources: str) -> None:
@@ -111,19 +148,23 @@ def change_weights(edit: Editor, linears: Sequence[Linear], change: Vector, *sou
 
 def affine_obstacle(norm: Norm, found: NormReaders) -> str:
     """Why a norm's weight and bias cannot be folded; empty if they can."""
-    if norm.channel_axis != -1 or len(norm.shape) != 1:
-        return "its channels are not the last axis alone"
+    if len(norm.shape) != 1:
+        return "it normalizes more than one axis"
     if len(found.uses.calls(norm.path)) > 1:
         return "it is called more than once"
-    return found.obstacle(norm.node, shifted=norm.bias is not None)
+    return found.obstacle(norm.node, norm.channel_axis, shifted=norm.bias is not None)
 
 
 def without_affine(norm: Norm) -> nn.Module:
     """The norm without weight and bias."""
-    if norm.kind == "rms":
+    if norm.kind == "rms" and norm.channel_axis == -1:
         return nn.RMSNorm(norm.shape, norm.eps, elementwise_affine=False)
+    if norm.kind == "rms":
+        return BiasedRMSNorm(norm.shape, norm.eps, None, None, norm.channel_axis)
     assert norm.eps is not None
-    return nn.LayerNorm(norm.shape, norm.eps, elementwise_affine=False)
+    if norm.channel_axis == -1:
+        return nn.LayerNorm(norm.shape, norm.eps, elementwise_affine=False)
+    return ChannelsLayerNorm(*norm.shape, norm.eps)
 
 
 def fold_affine(edit: Editor, norm: Norm, linears: Sequence[Linear]) -> None:
@@ -173,10 +214,10 @@ class _Changed:
     change: Vector
 
     def __call__(self, weight: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        whole = weight if self.layout == "out_in" else weight.t()
+        whole = matrix(weight, self.layout)
         changed = self.change(whole[self.rows.start : self.rows.stop], *sources)
         whole = torch.cat([whole[: self.rows.start], changed, whole[self.rows.stop :]])
-        return whole if self.layout == "out_in" else whole.t().contiguous()
+        return in_layout(whole, self.layout)
 
 
 @dataclass(frozen=True)
@@ -194,9 +235,10 @@ class _Shifted:
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         bias, tensors = (tensors[0], tensors[1:]) if self.biased else (None, tensors)
         shift, weights = self.shift(*tensors[: self.count]), tensors[self.count :]
-        used = (w if self.layout == "out_in" else w.t() for w in weights)
+        used = (matrix(w, self.layout) for w in weights)
         weight = torch.cat([w[part.start : part.stop] for w, part in zip(used, self.weights, strict=True)])
-        moved = (weight @ shift)[self.start : self.start + self.rows.size]
+        summed = (weight @ shift).flatten(1).sum(1) if weight.dim() > 2 else weight @ shift
+        moved = summed[self.start : self.start + self.rows.size]
         if bias is None:
             return moved
         moved = bias[self.rows.start : self.rows.stop] + moved

@@ -125,5 +125,5 @@ def test_what_stands_in_the_way_is_named() -> None:
     assert {s.path: s.reason for s in record.skipped} == {
         "first": "what it is given is kept by b anyway",
         "second": "no layer keeps its result",
-        "third": "add_2 reads it, which is no linear layer",
+        "third": "add_2 reads it, which is no linear layer or convolution",
     }
