@@ -204,7 +204,7 @@ def _moved(node: Node, named: Mapping[str, Any], operand: Node, axis: int) -> in
     """``movedim``: what is not moved keeps its order on the axes that are left."""
     rank = dimensions(operand)
     sources, places = (
-        [d % rank for d in (given if isinstance(given, list | tuple) else [given])]
+        [int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])]
         for given in (named["source"], named["destination"])
     )
     if axis in sources:

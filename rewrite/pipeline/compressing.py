@@ -88,7 +88,8 @@ class Compressing:
     def _reading(self, group: Sequence[Pair], written: Sequence[Written], dim: Dim) -> str:
         """Why what reads the norms cannot take d - 1 units, or what else lies along the dimension."""
         baked = {path for plan in written for path, _ in plan.tensors} | {plan.gain for plan in written}
-        readers = NormReaders(self.program, [path for plan in written for path in plan.shared], biased=True, convolutions=False)
+        shared = [path for plan in written for path in plan.shared]
+        readers = NormReaders(self.program, shared, biased=True, convolutions=False)
         held = {path for norm, _ in group for path in (norm.weight_path, norm.bias_path)}
         for norm, _ in group:
             if norm.channel_axis != -1:

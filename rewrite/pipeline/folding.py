@@ -164,7 +164,7 @@ def without_affine(norm: Norm) -> nn.Module:
     assert norm.eps is not None
     if norm.channel_axis == -1:
         return nn.LayerNorm(norm.shape, norm.eps, elementwise_affine=False)
-    return ChannelsLayerNorm(*norm.shape, norm.eps)
+    return ChannelsLayerNorm(norm.shape[0], norm.eps)
 
 
 def fold_affine(edit: Editor, norm: Norm, linears: Sequence[Linear]) -> None:
