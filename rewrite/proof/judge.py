@@ -12,6 +12,7 @@ from rewrite.graph.maps import ParameterMap
 from rewrite.numerics.compare import FLOOR, TOLERANCE, relative_error
 
 from .form import Outcome
+from .setting import ITSELF
 
 ULPS = 8.0
 """How many times what one ulp at the border does is still rounding."""
@@ -135,7 +136,9 @@ def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float)
 
     A gradient that is a sum over n positions may be off by √n / 4 times as many ulps: rounding adds up like a random walk.
     Parameters that follow from old ones have gradients of their own, whose truth is in ``own``, the new form run exactly:
-    their errors are held against those of all old gradients, the others against the old errors of the same ones.
+    their errors are held against those of all old gradients, the others against the old errors of the same ones. Parameters
+    that follow from none (a router's) are promised nothing, here as in exact arithmetic: their gradient may be 0 but for the
+    rounding of what cancels in it.
     Where an ulp of an output is below the least normal number of float32, what it was made of had fewer digits than its
     dtype has, and no error counts: exact arithmetic has judged there.
     """
@@ -147,7 +150,7 @@ def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float)
     found = Gap(outputs if outputs > SLACK * theirs + SLACK * eps else 0.0)
     positions = max((t.numel() for t in (*truth.inputs, *truth.outputs)), default=1)
     kept = {name: g for name, g in truth.gradients.items() if name not in new.sources}
-    apart = {name: g for name, g in own.gradients.items() if name not in truth.gradients}
+    apart = {name: g for name, g in own.gradients.items() if name.endswith(ITSELF)}
     too_far = [0.0]
     for exact, old_ones in ((kept, kept), (apart, truth.gradients)):
         rest = max(_relative(old_ones, old.gradients).values(), default=0.0)

@@ -12,6 +12,9 @@ import torch
 
 from rewrite.numerics.exact import ExactArithmetic
 
+ITSELF = " itself"
+"""What the gradient is called that a parameter which follows from old ones has by itself, behind its name."""
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -18,7 +18,7 @@ from rewrite.graph.maps import ParameterMap
 from rewrite.graph.nodes import attribute
 from rewrite.torch_private import _DropoutNd
 
-from .setting import Setting, cast, one_ulp, projection
+from .setting import ITSELF, Setting, cast, one_ulp, projection
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TensorsOf:
             return
         value = cast(made.evaluate(self._source), self.setting)
         if self.setting.apart and isinstance(tensor, nn.Parameter):
-            value = self.leaves[f"{name} itself"] = nn.Parameter(value.detach(), value.requires_grad)
+            value = self.leaves[f"{name}{ITSELF}"] = nn.Parameter(value.detach(), value.requires_grad)
             self.sources.update(made.names)
         self.memo[id(tensor)] = value
         if not isinstance(tensor, nn.Parameter):

@@ -23,8 +23,14 @@ def outcome(x: float, w: float, name: str = "w", **rest: Any) -> Outcome:
 def test_gradients_are_held_against_old_ones_of_the_same_kind(x: float, w: float, too_far: bool) -> None:
     """An input's gradient, which jumps at a ReLU's kink in both forms, beside one of a new weight that is far larger."""
     truth, old = outcome(0.0, 0.0), outcome(0.4, 3.0)
-    new, own = outcome(x, w, "new", sources=frozenset({"w"})), outcome(0.0, 0.0, "new")
+    new, own = outcome(x, w, "new itself", sources=frozenset({"w"})), outcome(0.0, 0.0, "new itself")
     assert (excess(truth, old, new, own, EPS).gradients > 0) == too_far
+
+
+def test_a_parameter_that_follows_from_none_is_promised_nothing() -> None:
+    truth, old, own = outcome(0.0, 0.0), outcome(0.4, 3.0), outcome(0.0, 0.0, "router")
+    new = outcome(0.4, 50.0, "router", sources=frozenset({"w"}))
+    assert not excess(truth, old, new, own, EPS).gradients
 
 
 @pytest.mark.parametrize(("size", "too_far"), [(1e-34, False), (1e-20, True)])
