@@ -23,6 +23,9 @@ from rewrite.lowering.flat import Flat
 from rewrite.lowering.layer_traces import NotComposedError
 from rewrite.numerics.sizes import dynamic_axes
 
+from .decompose import Decomposed
+from .quickened import quickened
+
 if TYPE_CHECKING:
     from rewrite.graph.program import Dimension, LayerGraph, Program
 
@@ -151,15 +154,16 @@ def _settle_strides(exported: ExportedProgram) -> None:
 def converted(program: Program, flat: Flat, exported: ExportedProgram, opset: int) -> Any:
     """The ONNX model of an export, by torch's exporter. Raises RewriteError where it cannot be converted."""
     try:
-        model = torch.onnx.export(
-            exported,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=list(flat.inputs),
-            output_names=list(flat.outputs),
-            dynamic_shapes=_axis_names(flat.inputs, exported),
-        )
+        with quickened() as known:
+            model = torch.onnx.export(
+                Decomposed.of(exported, known),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=list(flat.inputs),
+                output_names=list(flat.outputs),
+                dynamic_shapes=_axis_names(flat.inputs, exported),
+            )
     except Exception as error:
         raise failure(program, "the conversion stops", error) from error
     assert model is not None

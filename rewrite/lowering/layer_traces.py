@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +47,18 @@ def mode_of(graph: Graph) -> FakeTensorMode:
 
 
 def traced(layer: nn.Module, fakes: tuple[Any, Any, Any], mode: FakeTensorMode) -> Trace:
-    """The operators of a layer on fake tensors of these kinds."""
+    """The operators of a layer on fake tensors of these kinds: its own tensors by name, then its arguments."""
+    made = traced_call(lambda *given: torch.func.functional_call(layer, *given), fakes, mode, pre_dispatch=True)
+    made.graph.eliminate_dead_code(lambda node: node.target not in _READS)
+    return made
+
+
+def traced_call(run: Callable[..., Any], fakes: tuple[Any, ...], mode: FakeTensorMode, **how: Any) -> Trace:
+    """The operators of a function on fake tensors of these kinds, as ``make_fx`` traces it."""
     specs: list[pytree.TreeSpec] = []
 
-    def run(state: Any, args: Any, kwargs: Any) -> list[Any]:
-        leaves, spec = pytree.tree_flatten(torch.func.functional_call(layer, state, args, kwargs))
+    def flat(*given: Any) -> list[Any]:
+        leaves, spec = pytree.tree_flatten(run(*given))
         specs.append(spec)
         return leaves
 
@@ -62,11 +70,9 @@ def traced(layer: nn.Module, fakes: tuple[Any, Any, Any], mode: FakeTensorMode) 
     try:
         with mode, python_dispatcher():
             given = pytree.tree_map(apart, fakes)
-            graph = make_fx(run, pre_dispatch=True)(*given).graph
-    except Exception as error:  # a layer may raise anything: the whole export will tell why
+            return Trace(make_fx(flat, **how)(*given).graph, specs[0])
+    except Exception as error:  # what is run may raise anything: the whole export will tell why
         raise NotComposedError from error
-    graph.eliminate_dead_code(lambda node: node.target not in _READS)
-    return Trace(graph, specs[0])
 
 
 def check_same(made: Any, known: Any) -> None:
