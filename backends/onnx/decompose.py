@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from rewrite.graph.fakes import call_key
 from rewrite.lowering.convention import output
-from rewrite.lowering.layer_traces import NotComposedError, Trace, check_same, mode_of, traced_call
+from rewrite.lowering.layer_traces import NotComposedError, Trace, check_same, is_plain, mode_of, traced_call
 from rewrite.torch_private import OpOverload, is_composite, pytree
 
 Table = Mapping[Any, Any]
@@ -73,7 +73,7 @@ def _is_plain(graph: Graph) -> bool:
 
 
 def _is_operator(node: Node) -> bool:
-    return node.op == "call_function" and not isinstance(node.target, torch._ops.HigherOrderOperator)
+    return node.op == "call_function" and is_plain(node.target)
 
 
 def _writes(target: Any) -> bool:
