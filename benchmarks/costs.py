@@ -1,10 +1,12 @@
-"""What files, a capture without weights and the command line cost, each beside what it cannot do without.
+"""What files, a capture without weights and the command line cost, each beside what it cannot do without, or is for.
 
-    python benchmarks/costs.py [files | meta | start] [--rounds 3] [--layers 126] [--model gpt2 ...]
+    python benchmarks/costs.py [files | onnx | meta | start] [--rounds 3] [--layers 126] [--model gpt2 ...]
 
 `files`: `save` and `load` of a program beside torch.save and torch.load of its model, every file a new one, and its size
-over that of the parameters. `meta`: a Llama of 405B parameters' sizes on the meta device, exported by torch.export alone,
-captured, saved and read back. `start`: `rewrite --help` beside an empty Python, `rewrite passes` beside `import torch`.
+over that of the parameters. `onnx`: `export_onnx` without its check beside `torch.onnx.export` of an export of the same
+model that was made before, with the same free sizes. `meta`: a Llama of 405B parameters' sizes on the meta device, exported
+by torch.export alone, captured, saved and read back. `start`: `rewrite --help` beside an empty Python, `rewrite passes`
+beside `import torch`.
 CPU seconds, one thread: medians of the rounds, or the best of two for `meta`.
 """
 
@@ -40,7 +42,7 @@ LLAMA_405B = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["files", "meta", "start"])
+    parser.add_argument("what", nargs="*", default=["files", "onnx", "meta", "start"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=126)
     parser.add_argument("--model", nargs="+", default=["vit_base_patch16_224", "gpt2", "llama-300m"])
@@ -55,6 +57,8 @@ def main() -> None:
         start(options.rounds)
     if "files" in options.what:
         files(options.model, options.rounds)
+    if "onnx" in options.what:
+        onnx(options.model, options.rounds)
     if "meta" in options.what:
         meta(options.layers)
 
@@ -98,6 +102,30 @@ def one_round(model: torch.nn.Module, program: Any) -> tuple[float, ...]:
         )
         taken = [seconds(action)[0] for action in actions]
         return (*taken, float(own.stat().st_size))
+
+
+def onnx(names: list[str], rounds: int) -> None:
+    import rewrite
+    from rewrite.backends.onnx.convert import OPSET, quiet
+
+    print("\n| model | torch.onnx.export | export_onnx | over |")
+    print("| --- | --- | --- | --- |")
+    for name in names:
+        model, inputs = built(name)
+        program = rewrite.capture(model, inputs)
+        shapes = tuple(dict.fromkeys(range(1 if t.is_floating_point() else 2), torch.export.Dim.AUTO) for t in inputs)
+        exported = torch.export.export(model.eval(), inputs, dynamic_shapes=shapes, strict=False)
+        found = []
+        for _ in range(rounds + 1):
+            with tempfile.TemporaryDirectory() as folder, quiet():
+                place = Path(folder) / "model.onnx"
+                first, _ = seconds(
+                    lambda: torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False).save(place)  # noqa: B023
+                )
+                second, _ = seconds(lambda: rewrite.export_onnx(program, place, check_values=False))  # noqa: B023
+                found.append((first, second))
+        a, b = (statistics.median(column) for column in zip(*found[1:], strict=True))
+        print(f"| {name} | {a:.2f} | {b:.2f} | {b / a:.2f} |", flush=True)
 
 
 def meta(layers: int) -> None:
