@@ -121,14 +121,22 @@ def _state_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _followed_error(old: Outcome, made: ParameterMap, value: torch.Tensor) -> float:
     """A buffer that follows from old ones has to do so after the run too: relative to its size, or to a share of the largest
-    buffer's, since a mean that is 0 but for rounding is rounded by each form in its own way.
+    buffer's, since a mean that is 0 but for rounding is rounded by each form in its own way. Entries that no old one flows
+    into, beside others, are new channels' own: their statistics are promised nothing.
     """
     if not all(name in old.state for name in made.names):
         return 0.0
     expected = made.evaluate(old.state.__getitem__).double()
-    distance, own = float((expected - value.double()).norm()), float(expected.norm())
+    flows = made.evaluate(lambda name: _another(old.state[name])).double() != expected
+    flows = flows if flows.any() else torch.ones_like(flows)
+    distance, own = float((expected - value.double())[flows].norm()), float(expected[flows].norm())
     scale = max((float(t.double().norm()) for t in old.state.values() if t.is_floating_point()), default=0.0)
     return distance / max(own, FLOOR * scale) if distance else 0.0
+
+
+def _another(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor none of whose entries is as it was."""
+    return ~tensor if tensor.dtype is torch.bool else tensor + tensor.abs().clamp(min=1)
 
 
 def excess(truth: Outcome, old: Outcome, new: Outcome, own: Outcome, eps: float) -> Gap:

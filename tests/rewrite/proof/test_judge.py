@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from rewrite.graph.maps import ParameterMap
 from rewrite.proof.form import Outcome
-from rewrite.proof.judge import excess
+from rewrite.proof.judge import excess, gap
 
 EPS = 2.0**-7
 
@@ -31,6 +32,21 @@ def test_a_parameter_that_follows_from_none_is_promised_nothing() -> None:
     truth, old, own = outcome(0.0, 0.0), outcome(0.4, 3.0), outcome(0.0, 0.0, "router")
     new = outcome(0.4, 50.0, "router", sources=frozenset({"w"}))
     assert not excess(truth, old, new, own, EPS).gradients
+
+
+@pytest.mark.parametrize(("own", "new", "too_far"), [(2.0, 5.0, False), (2.5, 1.0, True)])
+def test_what_no_old_entry_flows_into_is_a_new_channel_s_own(own: float, new: float, too_far: bool) -> None:
+    """A running variance with one channel more, which the map begins at 1."""
+    made = ParameterMap(lambda old: torch.cat([old, old.new_ones(1)]), ("var",))
+    old = Outcome([], [], {}, {"var": torch.tensor([2.0])})
+    grown = Outcome([], [], {}, followed={"var": (made, torch.tensor([own, new]))})
+    assert (gap(old, grown).state > 0) == too_far
+
+
+def test_a_buffer_that_begins_anew_is_held_as_it_begins() -> None:
+    made = ParameterMap(lambda old: torch.zeros_like(old), ("mean",))
+    old = Outcome([], [], {}, {"mean": torch.tensor([2.0])})
+    assert gap(old, Outcome([], [], {}, followed={"mean": (made, torch.tensor([3.0]))})).state > 0
 
 
 @pytest.mark.parametrize(("size", "too_far"), [(1e-34, False), (1e-20, True)])
