@@ -103,6 +103,17 @@ def test_torch_takes_apart_what_runs_graphs_of_its_own() -> None:
     assert torch.equal(found.module()(x), model(x))
 
 
+def test_rules_look_at_nodes_of_their_kind_alone() -> None:
+    """The names that this leans on are there; a rule of two results is not tried on another kind of node."""
+    from onnxscript.rewriter import _matcher
+
+    own = _matcher.SimplePatternMatcher.match
+    with quickened() as known:
+        assert _matcher.SimplePatternMatcher.match is not own
+        assert {"aten::reshape", "aten::add.Tensor"} <= known
+    assert _matcher.SimplePatternMatcher.match is own
+
+
 def test_what_is_alike_is_traced_once() -> None:
     program, _, _ = exported(lambda x: nn.functional.rms_norm(nn.functional.rms_norm(x + 1, (x.shape[-1],)), (x.shape[-1],)))
     with quickened() as known, mock.patch("rewrite.backends.onnx.decompose._Apart._traced", autospec=True) as traced:
