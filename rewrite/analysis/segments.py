@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,19 @@ LONGEST = 4
 """How many layers become one at most: kernels grow with each."""
 LEVELS = 400
 """In how many steps the budget is counted."""
+ROUNDING = 1e-9
+"""By how much a sum of times that are the budget together may be off, relative."""
 Segment = tuple[int, ...]
 """The first and the last layer of a segment, by number, and behind them those in it that are left out."""
+
+
+class Way(NamedTuple):
+    """A way to cut the first layers: what it costs, its last segment, and where the way to cut those before it is kept."""
+
+    error: float = 0.0
+    seconds: float = 0.0
+    segment: Segment = ()
+    before: int = 0
 
 
 def best_segments(
@@ -26,37 +36,29 @@ def best_segments(
     """The segments of ``count`` layers in a row with Σ seconds <= budget and the least Σ errors; None where none fits.
 
     ``seconds`` and ``errors`` hold the segments that are allowed, each in as many ways as it can be made. D[k, t] is the
-    least error of the first k layers within t of LEVELS steps of the budget: D[k, t] = min over segments (i, k - 1, ...) of
-    D[i, t - seconds] + error. A segment's time is rounded to whole steps.
+    least error of the first k layers in t of LEVELS steps of the budget: D[k, t] = min over segments (i, k - 1, ...) of
+    D[i, t - seconds] + error. Times are rounded to steps to tell ways apart; what fits is told by the times as they are.
 
     Source: Kim et al., "LayerMerge", ICML 2024 (arXiv 2406.12837), section 4.
     """
-    step = budget / LEVELS
-    steps = {segment: round(time / step) for segment, time in seconds.items()}
-    best: list[list[tuple[float, Segment | None]]] = [[(0.0, None)] * (LEVELS + 1)]
-    for end in range(1, count + 1):
-        row: list[tuple[float, Segment | None]] = []
-        ending = [segment for segment in steps if segment[1] == end - 1]
-        for level in range(LEVELS + 1):
-            ways = [
-                (best[segment[0]][level - steps[segment]][0] + errors[segment], segment)
-                for segment in ending
-                if steps[segment] <= level
-            ]
-            row.append(min(ways, default=(math.inf, None)))
+    best: list[dict[int, Way]] = [{0: Way()}]
+    for end in range(count):
+        row = dict[int, Way]()
+        for segment in (s for s in seconds if s[1] == end):
+            for level, way in best[segment[0]].items():
+                found = Way(way.error + errors[segment], way.seconds + seconds[segment], segment, level)
+                step = round(found.seconds / budget * LEVELS)
+                if found.seconds <= budget * (1 + ROUNDING):
+                    row[step] = min(row.get(step, found), found)
         best.append(row)
-    return None if math.isinf(best[count][LEVELS][0]) else tuple(_traced(best, steps, count))
+    return tuple(_traced(best)) if best[count] else None
 
 
-def _traced(
-    best: Sequence[Sequence[tuple[float, Segment | None]]], steps: Mapping[Segment, int], count: int
-) -> Sequence[Segment]:
-    found, level = [], LEVELS
-    while count:
-        segment = best[count][level][1]
-        assert segment is not None
-        found.append(segment)
-        count, level = segment[0], level - steps[segment]
+def _traced(best: Sequence[Mapping[int, Way]]) -> Sequence[Segment]:
+    way, found = min(best[-1].values()), list[Segment]()
+    while way.segment:
+        found.append(way.segment)
+        way = best[way.segment[0]][way.before]
     return found[::-1]
 
 

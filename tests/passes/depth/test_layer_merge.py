@@ -57,6 +57,22 @@ def test_the_cut_is_the_best_of_all(drop: bool) -> None:
         assert (math.inf if found is None else sum(errors[s] for s in found)) == pytest.approx(best)
 
 
+def test_a_budget_is_used_up_and_not_exceeded() -> None:
+    def spent(times: dict[tuple[int, ...], float], budget: float) -> float:
+        errors = {segment: float(len(segment) - 2) for segment in times}  # what is left out costs 1
+        return sum(times[s] for s in best_segments(12, times, errors, budget) or [])
+
+    def each(times: list[float]) -> dict[tuple[int, ...], float]:
+        return {(i, i): time for i, time in enumerate(times)} | {(i, i, i): 0.0 for i in range(len(times))}
+
+    assert spent(each([1.0] * 12), 6.0) == 6.0
+    assert spent(each([0.1] * 12), 1.2 / 2) == pytest.approx(0.6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        times = torch.rand(12, generator=generator).tolist()
+        assert spent(each(times), sum(times) / 1.5) <= sum(times) / 1.5
+
+
 class Row1x1(nn.Module):
     """Four convolutions of size 1 with one activation for all: what becomes of them can be told by hand."""
 
