@@ -7,7 +7,8 @@
 `quality` drops the attentions that add least, fuses the FFNs that then stand in a row, and heals; against dropping the FFNs
 that fusion takes up outright, and against deleting whole blocks one by one, each time the one whose loss is least (SLEB).
 Losses are on text held back, nats a character; latency is of one call by ONNX Runtime, batch 1, the
-fastest tenth of bursts that take turns. What the results file holds already is not done again, its latencies aside.
+fastest tenth of bursts that take turns. It goes on where the last run stopped: benchmarks/results/depth.jsonl keeps a line a
+model, and of those it holds the latency alone is taken again. `--seeds ''` makes table and picture of what is there.
 `latency` times sequential FFNs against the same side by side and as one. `healing` says how much of what a pass costs is won
 back, for a pass of each family that costs anything. Trained models are kept in a folder between runs.
 """
@@ -35,6 +36,7 @@ from rewrite.analysis.branches import branches
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import char_gpt
 
+RESULTS = Path(__file__).parent / "results" / "depth.jsonl"
 DEPTH, WIDTH, BATCH = 12, 96, 16
 BURST = 4
 CUTS = (2, 4, 6)
@@ -85,20 +87,20 @@ def healed(program: Program, teacher: Program, steps: int, seed: int) -> Program
 
 @dataclass(frozen=True)
 class Point:
-    """One model: how it was made, its losses at once and healed, and its latency in milliseconds."""
+    """One model: how it was made, its losses at once and healed, and its latency in milliseconds, where it was taken."""
 
     seed: int
     method: str
     cut: int
     at_once: float
     healed: float
-    latency: float = 0.0
+    latency: float | None = None
 
 
 def quality(options: argparse.Namespace) -> None:
-    known = json.loads(options.results.read_text()) if options.results.exists() else []
-    points = {(p["seed"], p["method"], p["cut"]): Point(**p) for p in known}
-    for seed in map(int, options.seeds.split(",")):
+    known = options.results.read_text().splitlines() if options.results.exists() else []
+    points = {(p.seed, p.method, p.cut): p for p in (Point(**json.loads(line)) for line in known)}
+    for seed in map(int, filter(None, options.seeds.split(","))):
         model = trained(seed, options.steps, options.models)
         program = rewrite.capture(model, (calls(seed, 1)[0],))
         variants = made(program, seed)
@@ -110,8 +112,9 @@ def quality(options: argparse.Namespace) -> None:
                 found = Point(seed, method, cut, loss(variant), loss(cured))
             points[seed, method, cut] = replace(found, latency=taken)
             print(points[seed, method, cut], file=sys.stderr, flush=True)
-            options.results.write_text(json.dumps([vars(p) for p in points.values()], indent=1))
+            options.results.write_text("".join(json.dumps(vars(p)) + "\n" for p in points.values()))
     table([*points.values()], options.heal)
+    contrasts([*points.values()], options.heal)
     if options.picture:
         picture([*points.values()], options.picture)
 
@@ -154,20 +157,35 @@ def sleb(program: Program, count: int, seed: int) -> list[Program]:
 
 def table(points: Sequence[Point], steps: int) -> None:
     """One row a method and cut, over seeds."""
-    print(f"| model | cut | ms, batch 1 | loss at once | after {steps} steps of healing |\n| --- | --- | --- | --- | --- |")
+    print(f"| model | cut | seeds | ms, batch 1 | loss at once | after {steps} steps of healing |\n" + "| --- " * 6 + "|")
     for method, cut in dict.fromkeys((p.method, p.cut) for p in points):
         rows = [p for p in points if (p.method, p.cut) == (method, cut)]
-        columns = [[p.latency for p in rows], [p.at_once for p in rows], [p.healed for p in rows]]
-        print(f"| {method} | {cut or ''} | " + " | ".join(spread(c) for c in columns) + " |")
+        columns = [[p.latency for p in rows if p.latency], [p.at_once for p in rows], [p.healed for p in rows]]
+        print(f"| {method} | {cut or ''} | {len(rows)} | " + " | ".join(spread(c) for c in columns) + " |")
+
+
+def contrasts(points: Sequence[Point], steps: int) -> None:
+    """What fusion loses against each other way, healed, seed by seed: below 0 it loses less."""
+    print(f"\n| attentions dropped | FFNs fused, after {steps} steps, less | seeds | difference |\n" + "| --- " * 4 + "|")
+    healed = {(p.seed, p.method, p.cut): p.healed for p in points}
+    for cut in CUTS:
+        others = (("attention dropped", cut), ("the same FFNs dropped", cut), ("blocks deleted (SLEB)", cut // 2))
+        fused = [p for p in points if (p.method, p.cut) == ("FFNs fused", cut)]
+        for other in others:
+            pairs = [(p.healed, healed.get((p.seed, *other))) for p in fused]
+            found = [one - rest for one, rest in pairs if rest is not None]
+            print(f"| {cut} | {other[0]}, {other[1]} | {len(found)} | {spread(found)} |")
 
 
 def spread(values: Sequence[float]) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+    """Mean and standard deviation over seeds."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def picture(points: Sequence[Point], file: Path) -> None:
-    """Loss against latency, hollow at once, filled after healing."""
+    """Loss against latency over seeds, hollow at once, filled after healing; bars are standard deviations."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -176,12 +194,14 @@ def picture(points: Sequence[Point], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for color, method in enumerate(dict.fromkeys(p.method for p in points)):
         cuts = sorted({p.cut for p in points if p.method == method})
-        means = [
-            [statistics.mean(getattr(p, name) for p in points if (p.method, p.cut) == (method, cut)) for cut in cuts]
-            for name in ("latency", "at_once", "healed")
-        ]
-        axes.plot(means[0], means[1], "o--", color=f"C{color}", mfc="white", alpha=0.6, label=f"{method}, at once")
-        axes.plot(means[0], means[2], "o-", color=f"C{color}", label=f"{method}, healed")
+        rows = [[p for p in points if (p.method, p.cut) == (method, cut)] for cut in cuts]
+        times = [statistics.mean(p.latency for p in row if p.latency) for row in rows]
+        for name, form, fill in (("at_once", "o--", "white"), ("healed", "o-", f"C{color}")):
+            losses = [[getattr(p, name) for p in row] for row in rows]
+            bars = [statistics.stdev(values) if len(values) > 1 else 0 for values in losses]
+            label = f"{method}, {name.replace('_', ' ')}"
+            means = [statistics.mean(values) for values in losses]
+            axes.errorbar(times, means, bars, fmt=form, color=f"C{color}", mfc=fill, capsize=2, label=label)
     axes.set(xlabel="latency at batch 1, ms (ONNX Runtime)", ylabel="loss on text held back, nats a character")
     axes.legend(fontsize=7)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +306,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--backends", default="eager,inductor,onnxruntime")
     parser.add_argument("--models", type=Path, default=Path("depth-models"))
-    parser.add_argument("--results", type=Path, default=Path("depth-quality.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--by", default="onnxruntime", help="the backend whose latency `quality` takes")
     parser.add_argument("--passes", default=";".join(FAMILIES))
