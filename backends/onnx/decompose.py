@@ -124,7 +124,7 @@ class _Apart:
         return self._called(node.target, node)
 
     def _written(self, node: Node) -> Any:
-        """What is written into a value of its own: from there on, the value."""
+        """What is written into a value of its own: from there on, the value, under each of its names."""
         target, written = _without_write(node.target), self.values[_first(node)]
         if target is None or not isinstance(written, Node) or not _is_apart_from_others(written):
             raise NotComposedError
@@ -132,7 +132,7 @@ class _Apart:
         known, new = (each.meta["val"] for each in (written, made))
         if (known.dtype, known.shape) != (new.dtype, new.shape):
             raise NotComposedError
-        self.values[_first(node)] = made
+        self.values.update({old: made for old, value in self.values.items() if value is written})
         return made
 
     def _called(self, target: Any, node: Node) -> Any:

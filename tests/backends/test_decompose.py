@@ -60,6 +60,7 @@ ALONE = {
     "rms_norm": lambda x: nn.functional.rms_norm(x, (x.shape[-1],)),
     "relu_": lambda x: x.relu_(),
     "add_, read before and behind": lambda x: (y := x.sigmoid(), y.exp(), y.add_(x), y * 2)[-1],
+    "add_ under two names": lambda x: (y := x.sigmoid(), z := torch.broadcast_tensors(y, x)[0], y.add_(1.0), z * 2)[-1],
     "chunk, flatten": to_parts,
     "adaptive_avg_pool1d": lambda x: nn.functional.adaptive_avg_pool1d(x, 1),
     "dropout": lambda x: nn.functional.dropout(x, 0.5, training=False),
