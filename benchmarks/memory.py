@@ -2,6 +2,8 @@
 
     python benchmarks/memory.py [--models vit,gnn,...] [--dtypes float32,bfloat16] [--passes few-bit,...] [--no-compile]
 
+    python benchmarks/memory.py --models vit-s,resnet-50,bert-base,gpt2-124m,llama-stack     # in full size: hours
+
 One thread, random weights, two blocks (or a ResNet-18 and an atto ConvNeXt on small images, and a graph network of messages
 by index_add), no dropout. A step is one forward and the gradient of all parameters, the median CPU time of three. Error
 (relative, root mean square) and cosine are those of the gradients of the parameters that both models have, for a random
@@ -59,6 +61,8 @@ PIPELINES = [
     "fit-memory{budget=0.1}",
 ]
 COMPILED = ("compress-activations", "compress-activations{bits=4}")
+FULL = ("vit-s", "resnet-50", "bert-base", "gpt2-124m", "llama-stack")
+"""In the sizes that papers report, but for the Llama: four blocks of width 1024."""
 MODELS = ("vit", "bert", "gpt2", "llama", "opt", "resnet", "convnext", "gnn")
 
 
@@ -107,7 +111,8 @@ def main() -> None:
     parser.add_argument("--no-ways", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread; width {WIDTH}, {LAYERS} blocks, {BATCH} x {TOKENS}")
+    print(f"torch {torch.__version__}, {platform.machine()}, one thread, {time.strftime('%Y-%m-%d')}")
+    print(f"small models: width {WIDTH}, {LAYERS} blocks, {BATCH} x {TOKENS}")
     for name in options.models.split(","):
         for dtype in options.dtypes.split(","):
             wanted = (options.passes or "").split(",")
@@ -179,9 +184,30 @@ def near(exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
     return f"{error:.1e} | {cosine:.4f}"
 
 
+def full(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in full size, and inputs: four images of 224 x 224, or four times 128 tokens."""
+    if name in ("vit-s", "resnet-50"):
+        kind = {"vit-s": "vit_small_patch16_224", "resnet-50": "resnet50"}[name]
+        return import_timm().create_model(kind), {"x": torch.randn(BATCH, 3, 224, 224)}
+    model: Any
+    if name == "bert-base":
+        config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = transformers.BertModel(config)
+    elif name == "gpt2-124m":
+        model = transformers.GPT2Model(
+            transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+        )
+    else:
+        sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=2000, use_cache=False))
+    return model, {"input_ids": torch.randint(5, 2000, (BATCH, TOKENS))}
+
+
 def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model with random weights, and inputs."""
     torch.manual_seed(0)
+    if name in FULL:
+        return full(name)
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     tokens = {"input_ids": torch.randint(5, 500, (BATCH, TOKENS))}
