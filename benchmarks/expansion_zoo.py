@@ -5,7 +5,8 @@
 
 `run` goes on where the last run stopped, on whatever machine: it keeps one line a model in
 benchmarks/results/expansion.jsonl. Each model has a process of its own, and `--limit` seconds of processor time: what it
-did not come to is late. transformers' models come in an order that samples them evenly, those with a head first. A cell of
+did not come to is late. transformers' models come in an order that samples them evenly, those with a head first, timm's
+with the smallest images first. A cell of
 `report` holds the largest relative error of outputs, state and gradients in exact arithmetic, in evaluation and training,
 or `-` where the model has no such dimension.
 """
@@ -74,7 +75,7 @@ def main() -> None:
 def ordered(library: str) -> list[zoo.Case]:
     """The models of a library; those without a head by strides, so that the first ones are spread over all."""
     if library == "timm":
-        return zoo.timm_cases()
+        return [zoo.timm_case(name, size) for name, size in sorted(zoo.TIMM.values(), key=lambda pair: pair[1])]
     cases = zoo.transformers_cases()
     heads = [case for case in cases if ":" in case.name]
     others = [case for case in cases if ":" not in case.name]
