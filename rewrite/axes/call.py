@@ -239,14 +239,24 @@ class Call:
         """Note the number in a size that is computed from the input's: `batch * 12` where heads lie beside the batch."""
         if not isinstance(size, Node) or size.target is not operator.mul:
             return
-        own = product(f for f in dim.factors() if f.kind != "atom" or "a size of the input" not in f.rigid)
-        place = next((i for i, value in enumerate(size.args) if isinstance(value, int) and value == own.size), None)
+        numbers = {i: value for i, value in enumerate(size.args) if isinstance(value, int)}
+        own, place = next(self._counted(dim, numbers), (dim, None))
         if place is None or self.region != "":
-            self.freeze([own], "it is part of a size that is computed")
+            reason = "it is part of a size that is computed"
+            others = [self.notes.computed.setdefault((size, i), self.rigid(n, reason)) for i, n in numbers.items()]
+            self.freeze([own, *others], reason)  # whatever else the same numbers are sizes of
             return
         known = self.notes.computed.setdefault((size, place), own)
         self.unify(known, own)
         self.notes.literals.append(Literal(size, str(place), None, own))
+
+    def _counted(self, dim: Dim, numbers: Mapping[int, int]) -> Iterator[tuple[Dim, int]]:
+        """Parts of a dimension that one of these numbers is the size of: what no input gives, else what stands last."""
+        factors = list(dim.factors())
+        free = [f for f in factors if f.kind != "atom" or "a size of the input" not in f.rigid]
+        for parts in (free, *(factors[i:] for i in range(1, len(factors)))):
+            own = product(parts)
+            yield from ((own, i) for i, value in numbers.items() if value == own.size)
 
     def attribute(self, path: str, name: str, dim: Dim, place: int | None = None) -> None:
         """Note that a layer's attribute, or what is at a place in it, is the size of a dimension."""

@@ -82,8 +82,17 @@ def _rest_obstacle(program: Program, table: Table, kind: str, dim: Dim) -> str:
             return f"the norm at {norm.path} normalizes more than it: {multiple}"
     gains = {norm.weight_path for norm in found}
     scales = (p.path for p in table.places_of(dim) if p.role == "elementwise" and p.path not in gains)
-    scale = next(scales, None) if _rest(found) == "mean" else None
-    return f"{scale} scales its units one by one, which the mean does not follow: {multiple}" if scale else ""
+    if _rest(found) != "mean":
+        return ""
+    if scale := next(scales, None):
+        return f"{scale} scales its units one by one, which the mean does not follow: {multiple}"
+    side = next((p for p in _modules_along(table, dim) if getattr(program.module.get_submodule(p), "groups", 1) > 1), "")
+    return f"{side} filters its units one by one, which the mean does not follow: {multiple}" if side else ""
+
+
+def _modules_along(table: Table, dim: Dim) -> Iterator[str]:
+    """The modules that hold a tensor along a dimension."""
+    yield from dict.fromkeys(place.path.rpartition(".")[0] for place in table.places_of(dim))
 
 
 def _rest(found: list[Norm]) -> Rest:

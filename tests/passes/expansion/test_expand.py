@@ -348,6 +348,24 @@ def numbered() -> Program:
     return capture(Numbered(), (torch.randn(3, 5, 4),))
 
 
+class Filtered(nn.Module):
+    """A stream whose units are filtered one by one before they are normalized, as ConvNeXt's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(4, 6), nn.Linear(6, 4), nn.LayerNorm(6)
+        self.filter, self.mix = nn.Conv1d(6, 6, 3, padding=1, groups=6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = y + self.mix(self.norm(self.filter(y.transpose(1, 2)).transpose(1, 2)))
+        return self.last(self.norm(y))
+
+
+def filtered() -> Program:
+    return capture(Filtered(), (torch.randn(3, 5, 4),))
+
+
 def perceptron() -> Program:
     return capture(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), (torch.randn(5, 4),))
 
@@ -364,6 +382,11 @@ REFUSED: dict[str, tuple[Callable[[], Program], str, str]] = {
     "a stream tied to something rigid": (numbered, "hidden=+1", r"hidden cannot grow .*order.*; what can grow here: ffn$"),
     "a tied head": (of(model, tied=True), "method=clone hidden=2x", "words.weight .* tied.*: untie=true gives each"),
     "Post-LN": (post, "method=lemon hidden=+1", "Post-LN: layers.0.norm1 writes to the stream .*: use a multiple of 16"),
+    "a depthwise filter": (
+        filtered,
+        "method=lemon hidden=+1",
+        "filter filters its units one by one, .* multiple of 6",
+    ),
     "part of a copy": (model, "method=clone hidden=24", "and hidden would be 1.5 times 16: use a whole factor, or .*lemon"),
     "heads beside groups": (of(model, groups=2), "heads=5", "no whole groups of 2 that share keys: 6 are"),
     "GELU": (perceptron, "method=net2net layers=+1", "1 can get .*: GELU is not idempotent.*that takes a ReLU"),

@@ -362,6 +362,30 @@ def test_an_operator_of_ones_own_is_rigid_by_name_or_has_a_rule(monkeypatch: pyt
         check(Editor(program.clone(), "check"))
 
 
+class CountedHeads(nn.Module):
+    """Two attentions whose heads lie beside the batch by one computed number, the second's batch that of copied tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+        self.tokens = nn.Parameter(torch.randn(1, 3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, beside = x.shape[0], x.shape[0] * 4
+        found = []
+        for i, given in enumerate((x, self.tokens.expand(batch, -1, -1))):
+            q = self.q[i](given).view(batch, -1, 4, 2).transpose(1, 2).reshape(beside, -1, 2)
+            heads = (q @ q.transpose(1, 2)).softmax(-1) @ q
+            found.append(self.out[i](heads.view(batch, 4, -1, 2).transpose(1, 2).reshape(batch, -1, 8)))
+        return torch.cat(found, 1)
+
+
+def test_a_number_in_a_computed_size_is_one_dimension_wherever_it_is_used() -> None:
+    program = capture(CountedHeads(), (torch.randn(5, 6, 8),))
+    assert [d.size for d in analyze(program).resizable.values()].count(4) == 1
+    assert check(Editor(program.clone(), "check")) > 1
+
+
 QUICK = ("falcon", "gpt2", "llama", "mixtral", "t5")
 ALL = [*zoo.transformers_cases(), *zoo.timm_cases()]
 MODELS = [case for case in ALL if case.name in QUICK or os.environ.get("REWRITE_ZOO")]
