@@ -30,7 +30,7 @@ def channels_obstacle(table: Table, dim: Dim) -> str:
     """Why a dimension cannot be widened by copies; empty if it can."""
     if dim.rigid:
         return dim.rigid
-    meeting = sorted(dim.uses - KEEPING)
+    meeting = sorted(dim.uses - KEEPING - {"shift"})
     if meeting == ["output"]:
         return "the model's output has this size"
     if meeting:

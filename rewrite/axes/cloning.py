@@ -27,7 +27,7 @@ from .table import Table
 
 COPIED = ("ffn", "heads", "hidden")
 """The kinds whose units can be copied."""
-_KEEPING = frozenset({"in", "batch", "elementwise", "group", "norm"})
+_KEEPING = frozenset({"in", "batch", "elementwise", "group", "norm", "shift"})
 _MOVING = (aten.reshape, aten.view, aten.transpose, aten.permute, aten.contiguous, aten.clone, aten.to, aten.flatten)
 
 

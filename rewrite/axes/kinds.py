@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Each kind, with the names in the table that are of it."""
 KEEPING = frozenset({"in", "batch", "elementwise", "group", "even"})
 _ALSO = {
-    **{kind: {"order"} for kind in ("ffn", "heads", "value_dim")},
+    **{kind: {"order", "shift"} for kind in ("ffn", "heads", "value_dim")},
     "head_dim": {"score", "scale"},
     "hidden": {"norm"},
 }

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from rewrite.graph.nodes import aten, overload, packet
 
-from .call import Call
+from .call import Axes, Call
 
 Rule = Callable[[Call], Any]
 RULES: dict[str, Rule] = {}
@@ -84,8 +84,18 @@ def elementwise(call: Call) -> Any:
         if tensor is not None:
             for axis in range(len(axes)):
                 call.role(tensor, axis, role)
+            if role == "added":
+                _note_shift(found, axes)
     parts = [found if sizes == call.sizes else call.broadcast(given, sizes) for sizes in call.all_sizes]
     return parts if call.gives_several else found
+
+
+def _note_shift(whole: Axes, added: Axes) -> None:
+    """Note where one number is added to all entries of a dimension, those that are new as well."""
+    lead = len(whole) - len(added)
+    for i, dim in enumerate(whole):
+        if dim.size > 1 and (i < lead or added[i - lead].size == 1):
+            dim.use("shift")
 
 
 def roles(call: Call, name: str, roles: dict[int, str]) -> None:

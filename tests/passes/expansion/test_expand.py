@@ -348,6 +348,24 @@ def numbered() -> Program:
     return capture(Numbered(), (torch.randn(3, 5, 4),))
 
 
+class Shifted(nn.Module):
+    """A stream to all of whose units one trained number is added, 0 at first, as in HGNetV2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 4)
+        self.up, self.down, self.shift = nn.Linear(6, 8), nn.Linear(8, 6), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) + self.shift
+        y = y + self.down(F.gelu(self.up(self.norm(y))))
+        return self.last(y)
+
+
+def shifted() -> Program:
+    return capture(Shifted(), (torch.randn(3, 5, 4),))
+
+
 class Filtered(nn.Module):
     """A stream whose units are filtered one by one before they are normalized, as ConvNeXt's."""
 
@@ -380,6 +398,7 @@ REFUSED: dict[str, tuple[Callable[[], Program], str, str]] = {
         "LayerNorm at layers.0.norm .* run rmsnorm first, or use method=lemon; what can grow here: ffn, heads, head_dim",
     ),
     "a stream tied to something rigid": (numbered, "hidden=+1", r"hidden cannot grow .*order.*; what can grow here: ffn$"),
+    "one number added to all": (shifted, "hidden=+1", "hidden cannot grow .*meet in shift: new ones would be felt; .*ffn$"),
     "a tied head": (of(model, tied=True), "method=clone hidden=2x", "words.weight .* tied.*: untie=true gives each"),
     "Post-LN": (post, "method=lemon hidden=+1", "Post-LN: layers.0.norm1 writes to the stream .*: use a multiple of 16"),
     "a depthwise filter": (
