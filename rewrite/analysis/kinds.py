@@ -21,7 +21,7 @@ from .norms import norm_of
 
 Kind = Literal["attention", "cross-attention", "ffn", "gated ffn", "experts", "convolutional", "other"]
 
-_PRODUCTS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
+PRODUCTS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
 _SUMMING = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     found for name in activation.__all__ if not issubclass(found := getattr(activation, name), _SUMMING)
@@ -98,7 +98,7 @@ def _mixed(program: Program, node: Node) -> list[Node]:
     """The two activations that a node multiplies as matrices, as attention does; none where it does not."""
     if _is_layer(program, node, (ScaledDotProductAttention, nn.MultiheadAttention)):
         return [a for a in node.args[:2] if isinstance(a, Node)]
-    data = [a for a in node.all_input_nodes if not is_constant(a)] if packet(node) in _PRODUCTS else []
+    data = [a for a in node.all_input_nodes if not is_constant(a)] if packet(node) in PRODUCTS else []
     return data if len(data) > 1 else []
 
 

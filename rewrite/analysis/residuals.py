@@ -6,21 +6,25 @@ import heapq
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.layers import Scale
 from rewrite.graph.nodes import aten, fixed_size, module_key, packet, tensor_value
 from rewrite.graph.program import Program
 
-from .carry import is_carrier, passed_on, scale_of
+from .carry import is_carrier, is_shape_alone, passed_on, scale_of
+from .kinds import PRODUCTS
 from .norms import Norm
 
 ADDS = (aten.add, aten.add_)
+_SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 _PASSING = (
     aten.reshape,
     aten.contiguous,
     aten.clone,
     aten.to,
+    aten.type_as,
     aten.flatten,
     aten.unflatten,
     aten.transpose,
@@ -41,7 +45,8 @@ class ResidualAdd:
 def residual_adds(program: Program) -> list[ResidualAdd]:
     """Every addition one of whose operands was computed from the other, in execution order.
 
-    The operand that is carried on has the sum's own sizes: a bias of all heads that an earlier layer used is none.
+    The operand that is carried on has the sum's own sizes, and the sum is no attention's scores: a bias of all heads that an
+    earlier layer used, from which all later layers are computed, is not carried on, with a mask of each sample in it or not.
 
     A parallel block adds several branches of one value, one after the other: there the second addition's branch was
     computed from what the first one started from.
@@ -60,7 +65,7 @@ def residual_adds(program: Program) -> list[ResidualAdd]:
                 continue
             starts = [skip, *([origin[skip]] if skip in origin else []), *_scaled(program, add, skip, sums)]
             start = next((s for s in starts if skip is not branch and downstream.of(s, branch)), None)
-            if start is not None:
+            if start is not None and not _are_scores(program, add):
                 origin[add] = start
                 found.append(ResidualAdd(add, skip, branch))
                 sums.add(add)
@@ -74,6 +79,28 @@ def _broadcast(operand: Node, add: Node) -> bool:
     if own is None or whole is None or own.dim() != whole.dim():
         return True
     return any(fixed_size(a) == 1 and fixed_size(b) != 1 for a, b in zip(own.shape, whole.shape, strict=True))
+
+
+def _are_scores(program: Program, add: Node) -> bool:
+    """Whether a sum is what an attention weighs by: a softmax alone reads it, and a product of matrices the weights."""
+    node, weighed = add, False
+    while len(readers := [user for user in node.users if not is_shape_alone(user, node)]) == 1:
+        node = readers[0]
+        if weighed and packet(node) in PRODUCTS:
+            return True
+        if _is_softmax(program, node):
+            weighed = True
+        elif packet(node) not in (*_PASSING, *ADDS) and not _carries(program, node):
+            return False
+    return False
+
+
+def _is_softmax(program: Program, node: Node) -> bool:
+    return packet(node) in _SOFTMAX or (node.op == "call_module" and isinstance(program.layer(node), nn.Softmax))
+
+
+def _carries(program: Program, node: Node) -> bool:
+    return node.op == "call_module" and is_carrier(program.layer(node))
 
 
 def _scaled(program: Program, add: Node, skip: Node, sums: Collection[Node]) -> list[Node]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite import Program, apply
+from rewrite.analysis.branches import branches
 from rewrite.analysis.norms import norms
 from rewrite.analysis.residuals import post_norms, residual_adds
 from tests.captures import capture, shared
@@ -135,6 +136,43 @@ def test_addition_of_two_inputs_is_not_residual() -> None:
     program = capture(Sum(), (torch.randn(2, 5, DIM),))
     assert residual_adds(program) == []
     assert post_norms(program, norms(program)) == []
+
+
+class Attention(nn.Module):
+    """Scores, to which a bias of all layers is added as ``form`` says, in place or not."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-1, -2)
+        if self.form == "in place":
+            scores += bias
+            return self.o(torch.softmax(scores.double(), -1).type_as(scores) @ self.v(x))
+        return self.o(torch.softmax(bias + scores, -1) @ self.v(x))
+
+
+@pytest.mark.parametrize("form", ["in place", "beside"])
+def test_a_bias_of_all_layers_that_holds_a_mask_is_no_stream(form: str) -> None:
+    """With the mask of each sample the bias has the scores' sizes, and the second layer's are computed from it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, 5, 5))
+            self.layers = nn.ModuleList(Attention(form) for _ in range(3))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            bias = self.bias + mask
+            for layer in self.layers:
+                x = x + layer(x, bias)
+            return x
+
+    program = capture(Model(), (torch.randn(2, 5, DIM), torch.randn(2, 1, 5)))
+    assert [str(r.branch.target) for r in residual_adds(program)] == ["layers.0.o", "layers.1.o", "layers.2.o"]
+    assert [b.path for b in branches(program)] == ["layers.0", "layers.1", "layers.2"]
 
 
 @pytest.mark.parametrize(
