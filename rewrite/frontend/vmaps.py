@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from rewrite.graph.nodes import attribute
-from rewrite.torch_private import leave_transforms, make_fx, transform_depth
+from rewrite.torch_private import leave_transforms, make_fx, python_dispatcher, transform_depth
 
 #: The steps by which an export writes down the start of a vmap, its end, and what it loads before the first one.
 ENTER, LEAVE, LOAD = "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"
@@ -70,7 +70,8 @@ def _replace(module: GraphModule, block: list[Node]) -> None:
 
     depth = transform_depth()
     try:
-        traced = make_fx(run)(*(node.meta["val"] for node in inputs))
+        with python_dispatcher():  # without it, torch 2.11's matmul, which dot becomes, fixes dynamic sizes
+            traced = make_fx(run)(*(node.meta["val"] for node in inputs))
     finally:
         leave_transforms(depth)  # where the steps stopped halfway: the next vmap starts at the first level
     _splice(module.graph, block, traced.graph, inputs, outputs)

@@ -53,6 +53,9 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_transformers(kind: str) -> None:
     case = zoo.transformers_case(kind)
-    found = embeddings(capture(case.build(), *case.inputs(2, 12)))
+    model = case.build()
+    if {path for _, _, path, _ in EXPECTED[kind] if path} - {name for name, _ in model.named_buffers()}:
+        pytest.skip("this version of transformers scales outside of the embedding's module")  # Gemma of 5.0.0
+    found = embeddings(capture(model, *case.inputs(2, 12)))
     assert [(e.path, e.scale_path, e.offset) for e in found] == [(p, path, offset) for p, _, path, offset in EXPECTED[kind]]
     assert [e.scale for e in found] == pytest.approx([scale for _, scale, _, _ in EXPECTED[kind]])
