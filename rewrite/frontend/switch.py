@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from rewrite.graph.carve import carve, free_inputs, replace_with_call
 from rewrite.graph.nodes import aten, leaves, map_leaves, module_stack
+from rewrite.graph.ops import FOLLOWING
 from rewrite.graph.regions import Region
 
 from .align import Alignment, Chunk
@@ -74,23 +75,22 @@ class _Builder:
                 self.train.erase_node(node)
 
     def _with_helpers(self, nodes: Sequence[Node]) -> list[Node]:
-        """A chunk's nodes with the casts and sizes between them, in graph order."""
+        """A chunk's nodes with the casts, sizes and dtypes between them, in graph order."""
         inside, todo = set(nodes), list(nodes)
         while todo:
             for source in todo.pop().all_input_nodes:
-                helper = is_symbolic(source) or cast_chain(source)[0] is not source
-                if helper and source not in inside and all(u in inside for u in source.users):
+                if _is_helper(source) and source not in inside and all(u in inside for u in source.users):
                     inside.add(source)
                     todo.append(source)
         return sorted(inside, key=self.order.of)
 
     def _their_nodes(self, nodes: Sequence[Node], results: Sequence[Any]) -> list[Node]:
-        """The other graph's nodes of a chunk, with the casts and sizes they need."""
+        """The other graph's nodes of a chunk, with the casts, sizes and dtypes they need."""
         wanted = set(nodes)
         todo = [*nodes, *(r for r in results if isinstance(r, Node))]
         while todo:
             node = todo.pop()
-            if node not in wanted and (is_symbolic(node) or cast_chain(node)[0] is not node):
+            if node not in wanted and _is_helper(node):
                 wanted.add(node)
             if node in wanted:
                 todo += [
@@ -155,6 +155,11 @@ class _Builder:
             self.order.number_before(user)
             new = cast
         return new
+
+
+def _is_helper(node: Node) -> bool:
+    """Whether a node takes no part in the matching: each graph has its own."""
+    return is_symbolic(node) or node.target in FOLLOWING or cast_chain(node)[0] is not node
 
 
 class _Order:

@@ -66,16 +66,22 @@ def import_timm() -> Any:
     return importlib.import_module("timm")
 
 
+def timm_model(name: str, **settings: Any) -> nn.Module:
+    """The timm model `name` in its default configuration but for ``settings``.
+
+    Raises:
+        SkipTest: this version of timm has no such model.
+    """
+    timm = import_timm()
+    if name not in timm.list_models():
+        raise SkipTest(f"timm {timm.__version__} has no {name}")
+    made: nn.Module = timm.create_model(name, **settings)
+    return made
+
+
 def timm_case(name: str, size: int, **settings: Any) -> Case:
-    """The timm model `name` in its default configuration but for ``settings``, fed with square images of `size` pixels."""
-
-    def create() -> nn.Module:
-        timm = import_timm()
-        if name not in timm.list_models():
-            raise SkipTest(f"timm {timm.__version__} has no {name}")
-        return timm.create_model(name, **settings)
-
-    return Case(name, seeded(create), _images(size), "timm")
+    """The timm model `name` as above, fed with square images of `size` pixels."""
+    return Case(name, seeded(lambda: timm_model(name, **settings)), _images(size), "timm")
 
 
 def timm_cases() -> list[Case]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rewrite import Program, capture
@@ -157,3 +157,23 @@ def test_model_captured_in_bfloat16() -> None:
         a = observe(copy.deepcopy(model).to(dtype), cast, {}, train=True)
         b = observe(program.clone().module.to(dtype), cast, {}, train=True)
         assert all(torch.equal(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+
+
+class OtherwiseInEvaluation(nn.Module):
+    """Operators of one mode alone that name the model's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if self.training else torch.softmax(y, -1, dtype=y.dtype) + torch.arange(y.shape[-1], dtype=y.dtype)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_dtypes_follow_where_evaluation_has_operators_of_its_own(train: bool) -> None:
+    model, x = OtherwiseInEvaluation(), torch.randn(2, 4)
+    moved = capture(model, (x,)).module.double()
+    a, b = (observe(m, (x.double(),), {}, train=train) for m in (model.double(), moved))
+    assert differences(a, b) == []

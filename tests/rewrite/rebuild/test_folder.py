@@ -17,6 +17,7 @@ import rewrite
 from rewrite import Program, RewriteError
 from rewrite.rebuild.fit import fit_class
 from rewrite.sources.models import read_model
+from tests.models.zoo import timm_model
 from tests.rewrite.cli.running import fresh, run
 
 
@@ -228,7 +229,8 @@ def test_notes_that_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_timm_by_name_and_arguments(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    model = timm.create_model("test_vit", img_size=64, num_classes=5)
+    timm = pytest.importorskip("timm")
+    model = timm_model("test_vit", img_size=64, num_classes=5)
     program = rewrite.apply(model, "expand{ffn=2x}", args=(torch.randn(2, 3, 64, 64),), verify=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

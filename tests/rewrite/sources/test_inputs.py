@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from rewrite.errors import RewriteError
 from rewrite.sources.inputs import infer_inputs, parse_inputs
+from tests.models.zoo import timm_model
 
 # ---- inferred --------------------------------------------------------------------------------------------
 
@@ -90,8 +90,7 @@ def test_transformers_run_on_what_is_inferred(kind: str) -> None:
     ],
 )
 def test_timm_sizes_are_those_the_model_was_built_for(name: str, options: dict[str, Any], size: tuple[int, ...]) -> None:
-    timm = importlib.import_module("timm")
-    model = timm.create_model(name, **options).eval()
+    model = timm_model(name, **options).eval()
     (image,), _ = infer_inputs(nn.Sequential(model, nn.Identity()))
     assert image.shape == (2, *size)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import nn
 
 from rewrite.errors import RewriteError
 from rewrite.sources.models import load_weights, read_model
+from tests.models.zoo import timm_model
 
 
 def fails(spec: str, match: str, **options: Any) -> None:
@@ -95,6 +96,7 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, bert: Path) -> None:
 
 
 def test_timm_by_name() -> None:
+    timm_model("test_vit")
     source = read_model("timm:test_vit")
     assert (source.kind, source.path, source.model.training) == ("timm", None, True)
 

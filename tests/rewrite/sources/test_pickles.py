@@ -22,6 +22,7 @@ from torch.nn import functional
 from rewrite.errors import RewriteError
 from rewrite.graph.hooks import Enter, hung
 from rewrite.sources.pickles import load_module
+from tests.models.zoo import timm_model
 
 # ---- pickles by hand -------------------------------------------------------------------------------------
 
@@ -157,10 +158,9 @@ def test_class_that_was_not_imported_yet_is_found(tmp_path: Path) -> None:
 
 
 def test_timm_model_comes_back(tmp_path: Path) -> None:
-    timm = importlib.import_module("timm")
-    model = timm.create_model("test_vit").eval()
+    model = timm_model("test_vit").eval()
     torch.save(model, tmp_path / "m.pt")
-    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    x = torch.randn(1, 3, 160, 160)
     assert torch.equal(load_module(tmp_path / "m.pt")(x), model(x))
 
 
