@@ -55,6 +55,9 @@ class _Builder:
         external = {n: self._ours(n) for n in free_inputs(body, theirs)}
         inputs = list(dict.fromkeys([*free_inputs(taken, outputs), *external.values()]))
         position = self._position(chunk, taken, inputs)
+        if any(self.order.of(user) < self.order.of(position) for user, _, _ in chunk.uses):
+            self._raise_sizes(inputs)
+            position = self._position(chunk, taken, inputs)
         layers: dict[str, nn.Module] = {}
         train = grouped(carve(taken, outputs, inputs), layers, 0)
         evaluation = grouped(carve(body, theirs, inputs, rename=lambda n: external[n]), layers, 0)
@@ -124,6 +127,16 @@ class _Builder:
             node = node.next
         return node
 
+    def _raise_sizes(self, nodes: Sequence[Node]) -> None:
+        """Move sizes right behind what they are computed from: a chunk may take a late one, and give values used before."""
+        for node in sorted((n for n in nodes if is_symbolic(n)), key=self.order.of):
+            place = max(node.all_input_nodes, key=self.order.of).next
+            while place.op in ("placeholder", "get_attr"):
+                place = place.next
+            if place is not node:
+                place.prepend(node)
+                self.order.moved(node)
+
     def _rewire(self, chunk: Chunk, made: Sequence[Node]) -> None:
         """Give each user of a switched value the region's output, keeping real casts in between."""
         by_user: dict[Node, dict[int, Node]] = {}
@@ -171,6 +184,11 @@ class _Order:
     def of(self, node: Node) -> Fraction:
         """The number of a node."""
         return self._number[node]
+
+    def moved(self, node: Node) -> None:
+        """Give a node that stands elsewhere now its number."""
+        del self._number[node]
+        self.number_before(node.next)
 
     def number_before(self, node: Node) -> None:
         """Give the new nodes right before one their numbers."""
