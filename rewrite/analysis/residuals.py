@@ -18,7 +18,7 @@ from .kinds import PRODUCTS
 from .norms import Norm
 
 ADDS = (aten.add, aten.add_)
-_SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
+_SOFTMAX = (aten.softmax, aten._softmax)
 _PASSING = (
     aten.reshape,
     aten.contiguous,
