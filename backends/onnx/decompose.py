@@ -18,8 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from rewrite.graph.fakes import call_key
 from rewrite.lowering.convention import output
-from rewrite.lowering.layer_traces import NotComposedError, Trace, check_same, is_plain, mode_of, traced_call
-from rewrite.torch_private import OpOverload, is_composite, pytree
+from rewrite.lowering.layer_traces import NotComposedError, Trace, is_plain, kinds_of, mode_of, placed, traced_call
+from rewrite.torch_private import OpOverload, is_composite
 
 Table = Mapping[Any, Any]
 
@@ -91,7 +91,7 @@ def _may_alias(node: Node) -> bool:
         return _may_alias(_first(node))
     if not isinstance(target, OpOverload):
         return False
-    known = not is_composite(target) or target in _taken_apart()
+    known = not is_composite(target) or target in _keepable()
     return not known or any(result.alias_info is not None for result in target._schema.returns)
 
 
@@ -146,24 +146,13 @@ class _Apart:
         """Whether an operator is of the table, or made of others and never in one: such may alias what they read."""
         if target in self.table or not isinstance(target, OpOverload):
             return target in self.table
-        return target.name() not in self.known and is_composite(target) and target not in _taken_apart()
+        return target.name() not in self.known and is_composite(target) and target not in _keepable()
 
     def _apart(self, target: Any, node: Node) -> Any:
         """The nodes that an operator comes to, from a trace of one like it."""
         given = torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        fakes = pytree.tree_map(lambda v: v.meta["val"] if isinstance(v, Node) else v, given)
-        trace = self._trace_of(target, fakes)
-        values: dict[Node, Any] = {}
-        leaves = iter(pytree.tree_leaves(given))
-        for inner in trace.graph.nodes:
-            if inner.op == "placeholder":
-                values[inner] = next(leaves)
-            elif inner.op != "output":
-                values[inner] = self._copied(inner, values)
-        results = list(torch.fx.map_arg(trace.results, values.__getitem__))
-        for made, known in zip(results, pytree.tree_leaves(node.meta["val"]), strict=True):
-            check_same(made.meta["val"] if isinstance(made, Node) else made, known)
-        return pytree.tree_unflatten(results, trace.spec)
+        trace = self._trace_of(target, kinds_of(given))
+        return placed(trace, given, node.meta["val"], self._copied)
 
     def _trace_of(self, target: Any, fakes: tuple[Any, Any]) -> Trace:
         key = call_key(target, *fakes, self.mode)
@@ -195,7 +184,7 @@ def _without_write(target: Any) -> Any:
 
 
 @functools.cache
-def _taken_apart() -> frozenset[Any]:
+def _keepable() -> frozenset[Any]:
     """What torch takes apart where a table says so, and can keep where none does."""
     return frozenset(torch.export.default_decompositions())
 

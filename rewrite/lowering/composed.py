@@ -26,7 +26,7 @@ from rewrite.graph.program import LayerGraph
 from rewrite.torch_private import TrainingIRVerifier, pytree, set_guards_code
 
 from .convention import argument_names, guards, output, places, ranges
-from .layer_traces import NotComposedError, Trace, check_same, is_code, is_plain, mode_of, traced
+from .layer_traces import NotComposedError, Trace, check_same, is_code, is_plain, kinds_of, mode_of, placed, traced
 
 
 def composed(module: LayerGraph, inputs: Inputs) -> ExportedProgram:
@@ -145,21 +145,8 @@ class _Composer:
         names = [n for n, _ in (*layer.named_parameters(), *layer.named_buffers())]
         state = {name: self.held[f"{path}.{name}"] for name in names}
         given = (state, *torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__))
-        fakes = pytree.tree_map(lambda v: v.meta["val"] if isinstance(v, Node) else v, given)
-        trace = self._trace_of(layer, fakes)
-        values: dict[Node, Any] = {}
-        leaves = iter(pytree.tree_leaves(given))
-        for inner in trace.graph.nodes:
-            if inner.op == "placeholder":
-                values[inner] = next(leaves)
-            elif inner.op == "call_function":
-                values[inner] = self._function(inner, values)
-            elif inner.op != "output":
-                raise NotComposedError  # a tensor that is no parameter, the body of an operator
-        results = list(torch.fx.map_arg(trace.results, values.__getitem__))
-        for made, known in zip(results, pytree.tree_leaves(node.meta["val"]), strict=True):
-            check_same(made.meta["val"] if isinstance(made, Node) else made, known)
-        return pytree.tree_unflatten(results, trace.spec)
+        trace = self._trace_of(layer, kinds_of(given))
+        return placed(trace, given, node.meta["val"], self._function)
 
     def _trace_of(self, layer: nn.Module, fakes: tuple[Any, Any, Any]) -> Trace:
         key = call_key(layer, *fakes[1:], self.mode)

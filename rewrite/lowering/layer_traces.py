@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from rewrite.graph.layers import AutogradFunction
 from rewrite.graph.nodes import aten
@@ -73,6 +73,31 @@ def traced_call(run: Callable[..., Any], fakes: tuple[Any, ...], mode: FakeTenso
             return Trace(make_fx(flat, **how)(*given).graph, specs[0])
     except Exception as error:  # what is run may raise anything: the whole export will tell why
         raise NotComposedError from error
+
+
+def kinds_of(given: Any) -> Any:
+    """What a trace sees of arguments: of each node its value, which has sizes alone."""
+    return pytree.tree_map(lambda v: v.meta["val"] if isinstance(v, Node) else v, given)
+
+
+def placed(trace: Trace, given: Any, known: Any, take: Callable[[Node, dict[Node, Any]], Any]) -> Any:
+    """What a trace gives of the nodes that it is ``given`` in a graph, where ``take`` puts each of its operators.
+
+    Raises NotComposedError where it holds more than operators, or gives other values than are ``known``.
+    """
+    values: dict[Node, Any] = {}
+    leaves = iter(pytree.tree_leaves(given))
+    for inner in trace.graph.nodes:
+        if inner.op == "placeholder":
+            values[inner] = next(leaves)
+        elif inner.op == "call_function":
+            values[inner] = take(inner, values)
+        elif inner.op != "output":
+            raise NotComposedError  # a tensor that is no parameter, the body of an operator
+    results = list(torch.fx.map_arg(trace.results, values.__getitem__))
+    for made, value in zip(results, pytree.tree_leaves(known), strict=True):
+        check_same(made.meta["val"] if isinstance(made, Node) else made, value)
+    return pytree.tree_unflatten(results, trace.spec)
 
 
 def check_same(made: Any, known: Any) -> None:

@@ -237,7 +237,7 @@ class _Shifted:
         shift, weights = self.shift(*tensors[: self.count]), tensors[self.count :]
         used = (matrix(w, self.layout) for w in weights)
         weight = torch.cat([w[part.start : part.stop] for w, part in zip(used, self.weights, strict=True)])
-        summed = (weight @ shift).flatten(1).sum(1) if weight.dim() > 2 else weight @ shift
+        summed = (weight @ shift).reshape(len(weight), -1).sum(1)
         moved = summed[self.start : self.start + self.rows.size]
         if bias is None:
             return moved
