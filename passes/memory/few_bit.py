@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from rewrite.analysis.observe import observe
+from rewrite.analysis.observe import data_or_examples, first_inputs, observe
 from rewrite.analysis.writes import Writes
 from rewrite.errors import OptionError, RewriteError
 from rewrite.graph.spelled import SpelledActivation
+from rewrite.graph.tree import on_meta
 from rewrite.pipeline.pass_ import Pass, option
 from rewrite.pipeline.select import Selector
 from rewrite.proof.contract import ESTIMATE, SAME, Contract
-from rewrite.training.derivatives import Method, function, is_activation, steps_for, straight
+from rewrite.training.derivatives import Method, exact_steps, function, is_activation, steps_for, straight
 from rewrite.training.kept import ACTIVATIONS, keeper
 from rewrite.training.places import Place, adding, gates
+from rewrite.training.probed import fewest_bits
 from rewrite.training.stepped import bits_of, stepped
 from rewrite.training.steps import Density, Steps, mean_slopes
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 class FewBit(nn.Module):
     """y = inner(x) for an activation ``inner``; the gradient is dx = levels[i] · dy with i the number of borders below x.
 
-    Kept for the backward are the i alone, in 1 to 4 bits. Without gradient it is ``inner`` and nothing else. ``density`` are
+    Kept for the backward are the i alone, in 1 to 6 bits. Without gradient it is ``inner`` and nothing else. ``density`` are
     mean and deviation of the x that the levels are best for, if they are for any.
     """
 
@@ -65,6 +67,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {"few-bit": (1.0, 0.65), "approx-bp": 
 """Near 0 the derivative is 1/2; the two levels around are 0 and 1 in 1 bit, -0.05 and 1.05 in approx-bp."""
 
 
+BOUND = 0.05
+"""What the gradient of all parameters may be off with ``bits=auto``."""
+_UNMEASURED = 4
+
+
 class Site(NamedTuple):
     """An activation and its calls."""
 
@@ -75,8 +82,31 @@ class Site(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Layers:
+    """The layers that stand for activations; equal activations have their steps made once."""
+
+    sites: Sequence[Site]
+    method: Method
+    densities: Mapping[str, Density]
+    known: dict[tuple[str, Density | None, int], Steps | None] = field(default_factory=dict)
+
+    def of(self, bits: int) -> dict[str, FewBit]:
+        """The layers by their paths."""
+        found = {}
+        for site in self.sites:
+            density = self.densities.get(site.path)
+            key = (repr(site.layer), density, bits)
+            if key not in self.known:
+                self.known[key] = steps_for(site.layer, bits, self.method, density)
+            steps = self.known[key]
+            assert steps is not None
+            found[site.path] = FewBit(straight(site.layer), steps, density)
+        return found
+
+
+@dataclass(frozen=True)
 class FewBitPass(Pass):
-    """Keep 1 to 4 bits an element for the gradient of an activation: dx = levels[i] · dy, i the interval of x.
+    """Keep a few bits an element for the gradient of an activation: dx = levels[i] · dy, i the interval of x.
 
     The forward is the activation's own, bit for bit. GELU, SiLU, Mish, softplus, ELU, SELU, hardswish, tanh and sigmoid get
     the best step function for their derivative, over all x alike as published, or with ``density=data`` for x as normal
@@ -87,8 +117,9 @@ class FewBitPass(Pass):
     reason, where what it keeps is kept by another operator anyway. One that writes in place gets a result of its own; where
     something else sees what it writes, it is left alone.
 
-    Flat, 3 bits are off by 0.1 in the gradient of a GPT-2 with random weights, whose activations are given small numbers, 4
-    by less than 0.05.
+    Errors add up over the depth of a model, and halve with each bit. ``bits=auto`` takes 3 or as many more as keep the
+    gradient of all parameters within 0.05 of the exact one (relative, root mean square), measured on the first call of the
+    data, or on the example inputs: 4 for two blocks of a GPT-2 with random weights, 5 for the twelve of a ViT-S.
 
     Source: Novikov et al., "Few-bit Backward: Quantized Gradients of Activation Functions for Memory Footprint Reduction",
     ICML 2023 (arXiv 2202.00441), section 3: borders and levels by dynamic programming; Yang et al., "Reducing Fine-Tuning
@@ -97,14 +128,14 @@ class FewBitPass(Pass):
 
     name = "few-bit"
     inserts = (FewBit,)
-    bits: int = option(4, "bits kept for each element; approx-bp has 2", at_least=1, at_most=4)
+    bits: Literal[1, 2, 3, 4, 5, 6, "auto"] = option("auto", "bits kept for each element, or auto; approx-bp has 2")
     method: Method = option("few-bit", "few-bit or approx-bp")
     density: Literal["flat", "data"] = option("flat", "which x the levels are best for: flat, all alike, or data")
     where: Selector = option(Selector("*"), "activations: path glob, type:, re:, !, several with |")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == "approx-bp" and self.bits not in (2, type(self).bits):
+        if self.method == "approx-bp" and self.bits not in (2, "auto"):
             raise OptionError(f"option 'bits' of pass '{self.name}' is 2 with method=approx-bp, not {self.bits}", "bits")
 
     def contract(self) -> Contract:
@@ -113,7 +144,6 @@ class FewBitPass(Pass):
         return Contract(forward=SAME, backward=ESTIMATE, bound=bound, cosine=cosine)
 
     def run(self, program: Program, context: Context) -> None:
-        known: dict[tuple[str, Density | None], Steps | None] = {}
         writes = Writes(program.graph, program.module)
         gated = {place.path: place for place in gates(program)}
         products: list[Place] = []
@@ -122,25 +152,31 @@ class FewBitPass(Pass):
             if site.path in gated:
                 products.append(gated[site.path])
                 continue
-            reason = _obstacle(program, writes, site)
+            unknown = self.method == "approx-bp" and steps_for(site.layer, 2, self.method) is None
+            reason = _obstacle(program, writes, site) or "approx-bp has no table for it" * unknown
             if reason:
                 context.skip(site.path, reason)
             else:
                 chosen.append(site)
-        met = _densities(program, context, chosen) if self.density == "data" else {}
-        for site in chosen:
-            density = met.get(site.path)
-            key = (repr(site.layer), density)
-            if key not in known:
-                known[key] = steps_for(site.layer, self.bits, self.method, density)
-            steps = known[key]
-            if steps is None:
-                context.skip(site.path, "approx-bp has no table for it")
-            else:
-                context.edit.replace_layer(site.path, FewBit(straight(site.layer), steps, density))
+        layers = _Layers(chosen, self.method, _densities(program, context, chosen) if self.density == "data" else {})
+        bits = self._measured(program, context, layers) if self.bits == "auto" else self.bits
+        for path, layer in layers.of(bits).items():
+            context.edit.replace_layer(path, layer)
         before = program.properties.get("recompute")
         if products and adding(before, products) != adding(before, ()):
             context.edit.set_property("recompute", adding(before, products))
+
+    def _measured(self, program: Program, context: Context, layers: _Layers) -> int:
+        """The fewest bits, from three, that keep the gradient within its bound."""
+        if self.method == "approx-bp" or on_meta(program.module) or all(exact_steps(s.layer) for s in layers.sites):
+            return _UNMEASURED
+        context.listener("measuring how far the gradient is off")
+        inputs = first_inputs(program, context.data)
+        bits, error = fewest_bits(program, inputs, layers.of, range(3, 7), BOUND, context.seed)
+        context.measure("all parameters", bits=bits, off=error)
+        if error > BOUND:
+            context.warn(f"the gradient is {error:.2f} off with {bits} bits; give the levels data, or leave activations out")
+        return bits
 
     def gradient(self, part: Part, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor]) -> Any:
         """The mean of the activation's derivative over the interval in which x lies, or Σ a_i [x > c_i], times dy."""
@@ -160,7 +196,7 @@ class FewBitPass(Pass):
 
 def _densities(program: Program, context: Context, sites: Sequence[Site]) -> dict[str, Density]:
     """Mean and deviation of what each activation is given, over all its calls."""
-    data = context.data if context.data is not None else [(program.example_args, dict(program.example_kwargs))]
+    data = data_or_examples(program, context.data)
     sources = list(dict.fromkeys(call.all_input_nodes[0] for site in sites for call in site.calls))
     found = observe(program, sources, data, progress=context.progress) if sources else {}
     made = {}

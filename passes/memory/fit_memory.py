@@ -130,9 +130,7 @@ class FitMemory(Pass):
 
     def _noise(self, program: Program, context: Context, items: Sequence[Item]) -> Mapping[tuple[str, int], float]:
         """What each tensor's rounding adds to the gradient's variance, at 1 bit."""
-        example = program.module.interface.bind(program.example_args, program.example_kwargs)
-        inputs = example if context.data is None else first_inputs(program, context.data)
-        found = sensitivities(program, inputs, self.min_size, context.seed)
+        found = sensitivities(program, first_inputs(program, context.data), self.min_size, context.seed)
         rounded = [item for item in items if item.is_rounded]
         return {item.key: each.cost for item, each in zip(rounded, found, strict=True)}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rewrite.analysis.observe import observe
+from rewrite.analysis.observe import data_or_examples, observe
 from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import Pass, option
@@ -86,7 +86,7 @@ class VeLoRA(Pass):
                 context.skip(site.path, reason)
             else:
                 chosen.append(site)
-        data = context.data if context.data is not None else [(program.example_args, dict(program.example_kwargs))]
+        data = data_or_examples(program, context.data)
         nodes = {str(node.target): node.all_input_nodes[0] for node, _ in program.layers()}
         sources = list(dict.fromkeys(nodes[site.path] for site in chosen))
         found = observe(program, sources, data, progress=context.progress, axis=-1) if sources else {}

@@ -174,8 +174,18 @@ def inputs_of(program: Program, call: Call, device: torch.device) -> list[Any]:
     return [_like(value, given) for value, given in zip(flat, example, strict=True)]
 
 
-def first_inputs(program: Program, data: Data) -> list[Any]:
-    """The flat graph inputs of the data's first call. Raises RewriteError for data that is empty or does not fit."""
+def data_or_examples(program: Program, data: Data | None) -> Data:
+    """The data of a run, or the one call that the program was captured with."""
+    return Data.of([(program.example_args, dict(program.example_kwargs))]) if data is None else data
+
+
+def first_inputs(program: Program, data: Data | None) -> list[Any]:
+    """The flat graph inputs of the data's first call, the example inputs without data.
+
+    Raises RewriteError for data that is empty or does not fit.
+    """
+    if data is None:
+        return list(program.module.interface.bind(program.example_args, program.example_kwargs))
     call = next(iter(whole_calls(program, data)), None)
     if call is None:
         raise RewriteError("the data is empty")

@@ -55,7 +55,7 @@ def steps_for(layer: nn.Module, bits: int, method: Method, density: Density | No
 
     None where ``method`` is approx-bp and knows none.
     """
-    exact = _exact(layer)
+    exact = exact_steps(layer)
     if exact is not None:
         return exact
     if method == "few-bit":
@@ -68,7 +68,8 @@ def steps_for(layer: nn.Module, bits: int, method: Method, density: Density | No
     return Steps(borders, tuple(levels.tolist()))
 
 
-def _exact(layer: Any) -> Steps | None:
+def exact_steps(layer: Any) -> Steps | None:
+    """The derivative of a piecewise linear activation; None for any other."""
     if isinstance(layer, nn.ReLU):
         return Steps((0.0,), (0.0, 1.0))
     if isinstance(layer, nn.LeakyReLU):

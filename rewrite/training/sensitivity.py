@@ -23,10 +23,10 @@ from torch.fx import Interpreter
 from rewrite.graph.program import LayerGraph, Program
 from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
-from rewrite.torch_private import pytree
 
 from .groups import as_pair, quantized, restored
 from .packer import Storages, flat_storage
+from .probed import projected, sampled_gradient
 
 PROBE = 4
 """The bits at which errors are tried."""
@@ -34,8 +34,6 @@ _GROUP = 256
 _SPARE = 8
 _SURE = 2.0
 """How many standard errors are added to what was found, so that no tensor passes for insensitive by chance."""
-_NUMBERS = 2**16
-"""How many numbers of a parameter's gradient are looked at, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,17 @@ def _measured(module: LayerGraph, inputs: Sequence[Any], min_size: int, seed: in
     with saved_tensors_hooks(noisy.pack, noisy.unpack):
         outputs = Interpreter(module, graph=module.graph).run(*inputs)
     generator = torch.Generator().manual_seed(seed)
-    loss = _projected(outputs, generator)
+    loss = projected(outputs, generator)
     trained = [p for p in module.parameters() if p.requires_grad]
     costs = [0.0] * len(noisy.sizes)
     large = [place for place, size in enumerate(noisy.sizes) if size >= min_size]
     if large and loss is not None and trained:
         count = math.ceil((math.sqrt(8 * len(large) + 1) - 1) / 2) + _SPARE
         signs = 2.0 * torch.randint(2, (count, len(large)), generator=generator) - 1.0
-        exact, moves = _gradient(loss, trained), []
+        exact, moves = sampled_gradient(loss, trained, again=True), []
         for row in signs:
             noisy.signs = dict(zip(large, row.tolist(), strict=True))
-            moves.append(_gradient(loss, trained) - exact)
+            moves.append(sampled_gradient(loss, trained, again=True) - exact)
         squares, deviation = separated(signs.double(), torch.stack(moves))
         for place, square in zip(large, squares, strict=True):
             costs[place] = (square + _SURE * deviation) * (2**PROBE - 1) ** 2
@@ -92,28 +90,6 @@ def separated(signs: torch.Tensor, moves: torch.Tensor) -> tuple[list[float], fl
     equations, unknown = design.shape
     deviation = float(off) / math.sqrt(max(equations - unknown, 1)) / math.sqrt(equations)
     return [float(value) for value in np.asarray(found)], deviation
-
-
-def _projected(outputs: Any, generator: torch.Generator) -> torch.Tensor | None:
-    """A random projection of all outputs that take a gradient."""
-    loss = None
-    for output in pytree.tree_leaves(outputs):
-        if isinstance(output, torch.Tensor) and output.requires_grad and output.is_floating_point():
-            weights = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-            part = (output * weights).sum()
-            loss = part if loss is None else loss + part
-    return loss
-
-
-def _gradient(loss: torch.Tensor, trained: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The gradient in one row, float32; of a large parameter every k-th number, times √k."""
-    found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-    rows = []
-    for gradient in found:
-        if gradient is not None:
-            every = -(-gradient.numel() // _NUMBERS)
-            rows.append(gradient.reshape(-1)[::every].float().cpu() * math.sqrt(every))
-    return torch.cat(rows)
 
 
 class _Kept(NamedTuple):

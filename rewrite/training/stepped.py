@@ -13,6 +13,10 @@ import torch
 
 from .packing import pack, unpack
 
+_FEW = 31
+"""Up to how many borders comparing with each is as quick as halving (on one CPU thread: 17 ms and 25 for 31 borders, 36 and
+32 for 63, 1.2 million numbers)."""
+
 
 @torch.library.custom_op("rewrite::stepped", mutates_args=())
 def stepped(
@@ -22,15 +26,25 @@ def stepped(
 
     n = #(x > border) + #(x >= border of ``closed``).
 
-    ``y`` has the shape of ``x`` and is a function of it that takes no gradient itself. Nothing else is kept: 1, 2, 3 or 4
-    bits an element for up to 2, 4, 8 or 16 levels. Under autocast it takes x and y in whatever dtype they come.
+    ``y`` has the shape of ``x`` and is a function of it that takes no gradient itself. Nothing else is kept: b bits an
+    element for up to 2^b levels. Under autocast it takes x and y in whatever dtype they come.
     """
-    place = (x > borders[0]).view(torch.uint8)
-    for border in borders[1:]:
-        place += (x > border).view(torch.uint8)
+    place = _above(x, borders)
     for border in closed:
         place += (x >= border).view(torch.uint8)
     return y.clone(), pack(place, bits_of(levels))
+
+
+def _above(x: torch.Tensor, borders: Sequence[float]) -> torch.Tensor:
+    """How many of the borders, in order, each number is above: uint8. By halving where there are many."""
+    if len(borders) > _FEW:
+        wide = x if x.dtype == torch.float64 else x.float()
+        ordered = torch.tensor(borders, dtype=x.dtype, device=x.device)  # rounded as comparing with each rounds them
+        return torch.bucketize(wide, ordered.to(wide.dtype), out_int32=True).to(torch.uint8)
+    place = (x > borders[0]).view(torch.uint8)
+    for border in borders[1:]:
+        place += (x > border).view(torch.uint8)
+    return place
 
 
 @stepped.register_fake

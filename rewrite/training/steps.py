@@ -9,6 +9,7 @@ Source: Novikov et al., "Few-bit Backward", ICML 2023 (arXiv 2202.00441), sectio
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _SPACING = 0.05
 _ROUNDS = 6
 _NARROWING = 8
 _NEAR = 16
+_MOST = 20
+"""How often borders move by a width at most: many that lie close hinder each other."""
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -67,15 +70,18 @@ class Density:
 
 
 def best_steps(function: Function, bits: int, density: Density | None = None) -> Steps:
-    """The best step function of 2^bits levels for the derivative of ``function``, which is smooth or piecewise so."""
-    count = 2**bits
+    """The best step function of 2^bits levels for the derivative of ``function``, which is smooth or piecewise so.
+
+    Borders are chosen among points of a coarse grid first, then each among ever nearer ones around it.
+    """
     reach = torch.linspace(-_REACH, _REACH, int(2 * _REACH / _SPACING) + 1, dtype=torch.float64)
-    borders = _chosen(function, reach, count, density)
-    width = _SPACING
-    for _ in range(_ROUNDS):
+    borders = _chosen(function, reach.expand(2**bits - 1, -1), density)
+    for width in (_SPACING / _NARROWING**k for k in range(_ROUNDS)):
         near = torch.linspace(-width, width, 2 * _NEAR + 1, dtype=torch.float64)
-        borders = _chosen(function, (borders[:, None] + near).flatten().unique(), count, density)
-        width /= _NARROWING
+        for _ in range(_MOST):
+            before, borders = borders, _chosen(function, borders[:, None] + near, density)
+            if torch.equal(before, borders):
+                break
     return Steps(tuple(borders.tolist()), tuple(mean_slopes(function, borders, density).tolist()))
 
 
@@ -92,32 +98,39 @@ def _edges(borders: torch.Tensor) -> torch.Tensor:
     return torch.cat([borders.new_tensor([-SPAN]), borders, borders.new_tensor([SPAN])])
 
 
-def _chosen(function: Function, candidates: torch.Tensor, count: int, density: Density | None) -> torch.Tensor:
-    """The best ``count`` - 1 borders among candidates: D_k(j) = min_i D_(k-1)(i) + cost(i, j)."""
-    edges = _edges(candidates)
-    cost = _costs(function, edges, density)
-    best, came = cost[0], []
-    for _ in range(count - 1):
-        best, source = (best[:, None] + cost).min(0)
+def _chosen(function: Function, candidates: torch.Tensor, density: Density | None) -> torch.Tensor:
+    """The best borders [k], each of its own candidates [k, m], rising: D_i(c) = min_b D_(i-1)(b) + cost(b, c)."""
+    start, *rows, end = _measures(function, candidates, density)
+    best, came = _costs(start, rows[0])[0], []
+    for before, after in itertools.pairwise(rows):
+        best, source = (best[:, None] + _costs(before, after)).min(0)
         came.append(source)
-    place, places = len(edges) - 1, []
+    place = int((best[:, None] + _costs(rows[-1], end)).argmin())
+    places = [place]
     for source in reversed(came):
         place = int(source[place])
         places.append(place)
-    return edges[torch.tensor(places[::-1])]
+    return candidates[torch.arange(len(candidates)), torch.tensor(places[::-1])]
 
 
-def _costs(function: Function, edges: torch.Tensor, density: Density | None) -> torch.Tensor:
-    """What an interval from each edge to each later one costs; infinite where it is none."""
-    weights, slopes, squares = _integrals(function, edges, density)
-    if density is None:
-        weights, slopes = edges, function(edges)
-    weight, rise, square = (each[None, :] - each[:, None] for each in (weights, slopes, squares))
+def _costs(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """What an interval from each point to each other one costs, by their measures; infinite where it is none."""
+    weight, rise, square = after[:, None, :] - before[:, :, None]
     return torch.where(weight > 0, square - rise.square() / weight, torch.inf)
 
 
+def _measures(function: Function, candidates: torch.Tensor, density: Density | None) -> list[torch.Tensor]:
+    """∫ w, ∫ w f' and ∫ w f'² [3, m] from the start to each candidate, row by row, between those of the two ends."""
+    edges = _edges(candidates.flatten())
+    found = torch.stack(_integrals(function, edges, density))
+    if density is None:
+        found[:2] = torch.stack([edges, function(edges)])
+    rows = found[:, 1:-1].view(3, *candidates.shape)
+    return [found[:, :1], *rows.unbind(1), found[:, -1:]]
+
+
 def _integrals(function: Function, edges: torch.Tensor, density: Density | None) -> list[torch.Tensor]:
-    """∫ w, ∫ w f' and ∫ w f'² from the first edge to each, by Gauss and Legendre's rule of three points in fine cells."""
+    """∫ w, ∫ w f' and ∫ w f'² from -SPAN to each edge, by Gauss and Legendre's rule of three points in fine cells."""
     fine = torch.linspace(-SPAN, SPAN, int(2 * SPAN / _SPACING) + 1, dtype=torch.float64)
     cells = torch.cat([fine, edges]).unique()
     middle, half = (cells[1:] + cells[:-1]) / 2, cells.diff() / 2

@@ -325,6 +325,67 @@ def test_any_shape_and_any_layout(shape: tuple[int, ...]) -> None:
     assert torch.allclose(*(torch.autograd.grad(layer(each).square().sum(), each)[0] for each in (maps, twin)))
 
 
+class Deep(nn.Module):
+    """x + down(GELU(up(x))), as often as asked."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + 3 * block(x)
+        return x
+
+
+def of_a_projection(module: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of all parameters in one row."""
+    y = module.train()(x)
+    loss = (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))).sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+@pytest.mark.parametrize("density", ["flat", "data"])
+def test_bits_follow_from_what_the_gradient_is_off(density: str) -> None:
+    """The fewest bits from three with which it is within 0.05: more where the model is deep."""
+    x, found = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)), {}
+    for blocks in (1, 8):
+        model = Deep(blocks)
+        (record,) = rewrite.apply(model, f"few-bit{{density={density}}}", args=(x,), verify=False).history
+        (measured,) = record.measured
+        found[blocks] = measured.figures["bits"]
+        exact, off = of_a_projection(copy.deepcopy(model), x), {}
+        for bits in range(3, 7):
+            program = rewrite.apply(model, f"few-bit{{bits={bits} density={density}}}", args=(x,), verify=False)
+            off[bits] = float((of_a_projection(program.module, x) - exact).norm() / exact.norm())
+        assert found[blocks] == next(bits for bits, error in off.items() if error <= 0.05)
+        assert measured.figures["off"] == pytest.approx(off[found[blocks]], rel=1e-3)
+    assert found == ({1: 4, 8: 4} if density == "flat" else {1: 3, 8: 4})
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_many_levels_are_found_by_halving(bits: int) -> None:
+    """The number of borders below x, as comparing with each says; beyond five bits it is found another way."""
+    steps = best_steps(F.gelu, bits)
+    layer = FewBit(nn.GELU(), steps)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = (2 * torch.randn(500)).to(dtype).requires_grad_()
+        (got,) = torch.autograd.grad(layer(x).sum(), x)
+        place = sum(x.detach() > border for border in steps.borders)
+        assert torch.equal(got, torch.tensor(steps.levels, dtype=dtype)[place])
+    assert list(steps.borders) == sorted(steps.borders)
+    assert repr(layer).startswith(f"FewBit(\n  bits={bits}")
+
+
+def test_on_the_meta_device_nothing_is_measured() -> None:
+    with torch.device("meta"):
+        model, x = net(nn.GELU()), torch.empty(6, 24)
+    (record,) = rewrite.apply(model, "few-bit", args=(x,)).history
+    assert not record.measured
+    assert len(record.changes) == 1
+
+
 def far_out() -> nn.Module:
     """A softplus that is given numbers around -5, as that of a Mamba."""
     torch.manual_seed(0)
