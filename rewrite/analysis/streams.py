@@ -49,7 +49,7 @@ class Stream:
     size: int
     writers: tuple[Node, ...]
     readers: tuple[Reader, ...]
-    additions: tuple[Node, ...]
+    additions: frozenset[Node]
     residual: tuple[Node, ...]
     offsets: tuple[Node, ...] = ()
     dropouts: tuple[tuple[Node, float], ...] = ()
@@ -118,7 +118,7 @@ class Flow:
             carry.size(value, axis),
             writers=tuple(n for n in values if not sources[n]),
             readers=tuple(sorted(readers, key=lambda r: self.order[r.node])),
-            additions=tuple(n for n in values if packet(n) in ADDS),
+            additions=frozenset(n for n in values if packet(n) in ADDS),
             residual=tuple(n for n in values if n in residual),
             offsets=tuple(n for n in values if sources[n] and _adds_number(n, len(sources[n]))),
             dropouts=tuple((n, p) for n in values if (p := self._rate(n)) > 0),

@@ -13,6 +13,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,11 +41,13 @@ class Writer:
         self._root = root
         self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._digests: dict[str, str] = {}
+        self._beside = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._beside.shutdown()
         if kind is not None:
             file: IO[bytes] | None = self._zip.fp
             self._zip.fp = None  # or it would write the end of an archive that has none
@@ -59,8 +62,9 @@ class Writer:
 
     def add(self, name: str, content: bytes | memoryview) -> None:
         """Store an entry. Raises OSError where the disk refuses it."""
-        self._digests[name] = hashlib.sha256(content).hexdigest()
+        digest = self._beside.submit(hashlib.sha256, content)  # takes as long as writing, and neither holds up the other
         self._add(name, content)
+        self._digests[name] = digest.result().hexdigest()
 
     def _add(self, name: str, content: bytes | memoryview) -> None:
         size = len(content) if isinstance(content, bytes) else content.nbytes

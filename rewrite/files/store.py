@@ -21,6 +21,7 @@ from torch import nn
 from torch.fx import Graph
 
 from rewrite.errors import RewriteError, named_line
+from rewrite.graph.copies import uncollected
 from rewrite.graph.history import Record
 from rewrite.graph.interface import Interface
 from rewrite.graph.layers import Constants
@@ -90,9 +91,9 @@ def write_folder(program: Program, path: Path, staging: Staging) -> tuple[Path, 
 
 def write_program(program: Program, path: Path, root: str) -> None:
     """Write a program's archive to a file, under the folder ``root`` inside. Raises OSError where the disk refuses it."""
-    layers = _encoded(program)
     examples = write_examples(tuple(program.example_args), program.example_kwargs)
-    with Writer(path, root) as writer:
+    with uncollected(), Writer(path, root) as writer:
+        layers = _encoded(program)
         tensors = TensorWriter(writer)
         write_evaluation(program, writer, tensors, examples)
         layers["tensors"] = {

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from rewrite.errors import RewriteError
+from rewrite.graph.copies import uncollected
 from rewrite.graph.export import Inputs, widened
 from rewrite.graph.home import home_of
 from rewrite.graph.hooks import hung
@@ -57,7 +58,8 @@ def capture(
     paths = leaf_paths(model, {*leaves, *announced_layers({type(m) for m in model.modules()})})
     while True:
         try:
-            return _Capture(model, inputs, paths).run(tuple(args), dict(kwargs or {}))
+            with uncollected():
+                return _Capture(model, inputs, paths).run(tuple(args), dict(kwargs or {}))
         except LeafInRegionError as error:
             paths.remove(error.path)
 

@@ -169,13 +169,14 @@ def _together(records: Sequence[Record], settings: Settings) -> Verification:
 
 def edited(program: Program, step: Pass, settings: Settings) -> Context:
     """Run a pass on ``program`` itself; the context that the pass left."""
-    context = Context(Editor(program, step.text), settings.seed, settings.data, settings.listener)
-    step.run(program, context)
-    context.edit.follow()
-    if context.edit.reshapes:
-        context.edit.revalue()
-    program.graph.lint()
-    program.module.recompile()
+    with uncollected() if settings.data is None else contextlib.nullcontext():  # data may leave much garbage behind
+        context = Context(Editor(program, step.text), settings.seed, settings.data, settings.listener)
+        step.run(program, context)
+        context.edit.follow()
+        if context.edit.reshapes:
+            context.edit.revalue()
+        program.graph.lint()
+        program.module.recompile()
     return context
 
 
