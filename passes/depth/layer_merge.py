@@ -252,6 +252,8 @@ class _Drop(Pass):
         for node, _ in list(program.layers()):
             acts = [*node.all_input_nodes[:1]] if str(node.target) in before else []
             for gone in [*acts, node] if str(node.target) in convs else acts:
-                context.edit.rewire(gone, gone.all_input_nodes[0])
+                source = gone.all_input_nodes[0]
+                context.edit.rewire(gone, source)
+                context.edit.write_apart(source)
                 context.edit.remove_unused([gone], str(gone.target), "dropped")
         context.edit.sweep()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rewrite.axes.layers import layer_rule, linear
 from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import Pass, option
@@ -18,6 +19,7 @@ from rewrite.training.column_linear import column_linear
 from rewrite.training.lone_linears import LinearSite, lone_linears
 
 if TYPE_CHECKING:
+    from rewrite.axes.call import Axes, Call
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
 
@@ -94,6 +96,14 @@ class PaCATransposedLinear(_Partial, TransposedLinear):
 
 
 KINDS: tuple[type[nn.Module], ...] = (PaCALinear, PaCATransposedLinear)
+
+
+@layer_rule(*KINDS)
+def _columns_follow(call: Call, layer: Any, path: str) -> Axes:
+    found = linear(call, layer, path)
+    call.unify(found[-1], call.notes.axes_of(layer.columns)[0])
+    call.role(layer.columns, 0, "out")
+    return found
 
 
 @dataclass(frozen=True)

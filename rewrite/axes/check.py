@@ -49,7 +49,7 @@ def _set(edit: Editor, names: Sequence[str]) -> None:
     """Set some dimensions to primes."""
     table = analyze(edit.program)
     chosen = primes(table)
-    resize(edit, table, {table.named[name]: chosen[table.named[name]] for name in names})
+    resize(edit, table, {table.named[name]: chosen[table.named[name]] for name in names}, hollow=True)
     edit.follow()
     edit.revalue()
 

@@ -1,4 +1,4 @@
-"""How each kind of layer treats the dimensions of what it is given: a table of rules by class, the first that fits counts.
+"""How each kind of layer treats the dimensions of what it is given: a table of rules by class, the nearest one counts.
 
 A layer without a rule is looked into: what its forward computes is traced into operators, which have theirs.
 """
@@ -35,8 +35,8 @@ def layer_rule(*kinds: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
 
 
 def rule_of(layer: nn.Module) -> LayerRule | None:
-    """The rule for a layer, None where there is none."""
-    return next((rule for kinds, rule in LAYERS if isinstance(layer, kinds)), None)
+    """The rule for a layer's class or the nearest one that it inherits from, None where there is none."""
+    return next((rule for kind in type(layer).__mro__ for kinds, rule in LAYERS if kind in kinds), None)
 
 
 def _given(call: Call) -> Axes:
@@ -62,7 +62,8 @@ def _like_weight(call: Call, layer: nn.Module, weight: torch.Tensor) -> None:
 
 
 @layer_rule(nn.Linear, TransposedLinear)
-def _linear(call: Call, layer: Any, path: str) -> Axes:
+def linear(call: Call, layer: Any, path: str) -> Axes:
+    """The last dimension is the weight's input, its output comes instead; for layers of one's own to begin with."""
     own, weight = _given(call), call.notes.axes_of(layer.weight)
     into, out = (0, 1) if isinstance(layer, TransposedLinear) else (1, 0)
     call.unify(own[-1], weight[into])

@@ -51,8 +51,21 @@ class Resized:
         return torch.where(kept, tensor, other)
 
 
-def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill = lambda *_: None) -> None:
-    """Give dimensions other entries, everywhere. ``chosen`` maps atoms to vectors.
+@dataclass(frozen=True)
+class Hollow:
+    """The map of one tensor to another size, without content: memory that nobody writes into is not taken."""
+
+    sizes: tuple[int, ...]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The new tensor."""
+        return tensor.new_empty(self.sizes)
+
+
+def resize(
+    edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill = lambda *_: None, *, hollow: bool = False
+) -> None:
+    """Give dimensions other entries, everywhere. ``chosen`` maps atoms to vectors. ``hollow`` tensors have no content.
 
     Raises RewriteError for a dimension that cannot change, with the reason, and where a value does not fit afterwards.
     """
@@ -65,8 +78,8 @@ def resize(edit: Editor, table: Table, chosen: Mapping[Dim, Vector], fill: Fill 
         changed = {axis: known[dim] for axis, dim in dims.items() if not _is_as_before(known[dim], tensor.shape[axis])}
         if changed:
             shape = tuple(len(changed[i]) if i in changed else s for i, s in enumerate(tensor.shape))
-            made = Resized(tuple(sorted(changed.items())), fill(path, tensor, places, shape))
-            edit.set_parameter(path, made, path)
+            filled = None if hollow else Resized(tuple(sorted(changed.items())), fill(path, tensor, places, shape))
+            edit.set_parameter(path, filled or Hollow(shape), path)
 
 
 def _is_as_before(vector: Sequence[int], size: int) -> bool:

@@ -23,6 +23,7 @@ from .edit_nodes import NodeEdits
 from .edit_tensors import TensorEdits
 from .edit_values import ValueEdits
 from .fakes import fake_value
+from .like import like
 from .module_calls import ModuleCall, module_calls
 from .nodes import attribute
 from .properties import thawed
@@ -68,6 +69,13 @@ class Editor(NodeEdits, TensorEdits, ValueEdits):
             "replace layer", target, ", ".join(names), f"{type(old).__name__} -> {type(layer).__name__}", names, old, layer
         )
         self._repoint(self._calls.reads_below(path))
+
+    def write_apart(self, value: Node) -> None:
+        """Give layers that write into a value in place a result of their own: for a value that others read or keep, too."""
+        for user in list(value.users):
+            layer: Any = attribute(self.program.module, str(user.target)) if user.op == "call_module" else None
+            if getattr(layer, "inplace", False):
+                self.replace_layer(str(user.target), like(layer, type(layer), inplace=False), [user])
 
     def replace_module(self, path: str, layer: nn.Module) -> None:
         """Replace every call of the user's module at ``path``, with all that is in it, by a call of ``layer``.

@@ -102,4 +102,5 @@ def drop(branch: Branch, context: Context) -> None:
             last, addition = addition, next(iter(addition.users))
     other = next(a for a in addition.args[:2] if isinstance(a, Node) and a is not last)  # as the edits before left it
     edit.rewire(addition, other)
+    edit.write_apart(other)
     edit.remove_unused([addition, *carriers, *branch.nodes], branch.path, f"{branch.kind} dropped")

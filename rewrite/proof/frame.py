@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.change import Change, Kind
 from rewrite.graph.history import Check
 from rewrite.graph.nodes import attribute, literal_arguments
+from rewrite.graph.ops import FOLLOWING
 from rewrite.graph.program import Container, Program
 from rewrite.graph.properties import thawed
 from rewrite.graph.tree import names_of_modules, names_of_tensors
@@ -109,6 +112,9 @@ class _Frame:
         self.calls = {str(n.target) for n in self.after.graph.nodes if n.op == "call_module"}
         self.seen: set[tuple[int, int, bool]] = set()
         self.known = self.edits.tensors | self.edits.attributes | self.edits.swept
+        self.set_at: dict[str, list[str]] = {}
+        for path, _, name in (each.rpartition(".") for each in self.edits.tensors):
+            self.set_at.setdefault(path, []).append(name)
 
     def differences(self) -> Iterator[Difference]:
         """Everything that no edit accounts for."""
@@ -150,7 +156,8 @@ class _Frame:
             return "its arguments changed"
         if new.op == "get_attr" and str(new.target) not in self.edits.tensors:
             ours, theirs = attribute(self.before.module, str(old.target)), attribute(self.after.module, str(new.target))
-            return None if self.same.value(ours, theirs) else f"the tensor {new.target} changed"
+            read = _form if all(user.target in FOLLOWING for user in new.users) else _itself
+            return None if self.same.value(read(ours), read(theirs)) else f"the tensor {new.target} changed"
         return None
 
     def _same_arguments(self, old: Node, new: Node) -> bool:
@@ -215,19 +222,32 @@ class _Frame:
         for change in {c.path: c for c in reversed(replaced)}.values():
             yield from self._was(change)
         for change in {c.path: c for c in replaced}.values():
-            if attribute(self.after.module, change.path) is not change.new:
+            now = attribute(self.after.module, change.path)
+            if now is not change.new and not (now is None and change.path in self.edits.swept):
                 yield Difference(change.path, "another layer is there than the journal names")
 
     def _was(self, change: Change) -> Iterator[Difference]:
-        """Whether the layer that a change replaced is, as the journal keeps it, what the program before had there."""
+        """Whether the layer that a change replaced is, as the journal keeps it, what the program before had there.
+
+        Tensors that were set or put into it before it was replaced are no part of that.
+        """
         nodes = [self.old[name] for name in change.nodes if name in self.old]
         path = str(nodes[0].target) if nodes else change.path
-        before = attribute(self.before.module, path)
+        before, set_since = attribute(self.before.module, path), self.set_at.get(path, ())
         if change.old is None:
             if before is not None:
                 yield Difference(change.path, "the journal knows of no layer that was there")
-        elif not isinstance(before, nn.Module) or self.same.unlike(before, change.old) is not None:
+        elif not isinstance(before, nn.Module) or self.same.unlike(before, change.old, set_since) is not None:
             yield Difference(path, "the layer that was replaced is not what it was")
+
+
+def _form(tensor: Any) -> Any:
+    """What of a tensor is read where only its dtype and its device are."""
+    return (tensor.dtype, tensor.device) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def _itself(tensor: Any) -> Any:
+    return tensor
 
 
 def _join(path: str, name: str) -> str:

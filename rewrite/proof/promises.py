@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from rewrite.graph.history import Check
 from rewrite.graph.maps import ParameterMap
+from rewrite.graph.nodes import attribute
 from rewrite.graph.program import Program
 from rewrite.graph.relation import Relation
 
@@ -22,6 +23,7 @@ from .estimate import gradient_held
 from .form import Form
 from .held import Held, hold, summed
 from .hold import Forms, trials
+from .identity import Sameness
 from .judge import Gap
 from .local import LocalProof
 from .record import Tape
@@ -122,7 +124,19 @@ class Parts:
         if self.given.contract.forward is not CLOSE:
             return False
         pairs = ((self.claims.partner.get(node), node) for node in cut.new)
-        return all(old is not None and (old, node) not in self.claims.tests for old, node in pairs)
+        return all(
+            old is not None and ((old, node) not in self.claims.tests or self._stays(old, node)) for old, node in pairs
+        )
+
+    def _stays(self, old: Node, new: Node) -> bool:
+        """Whether a layer was replaced by itself, but for writing in place or not."""
+        ours, theirs = (
+            attribute(program.module, str(node.target)) if node.op == "call_module" else None
+            for program, node in ((self.given.before, old), (self.given.after, new))
+        )
+        return (
+            type(ours) is type(theirs) and hasattr(ours, "inplace") and Sameness().unlike(ours, theirs, ["inplace"]) is None
+        )
 
     @functools.cached_property
     def ends(self) -> tuple[list[Node], list[Node]]:

@@ -19,6 +19,7 @@ from .frame import differs, frame
 from .kept import structure
 from .promises import Parts, Rewritten, kept_promises, reported
 from .properties import properties_held
+from .trains import trains
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def _values(claim: Claim, before: Program, names: Mapping[str, str]) -> Iterator
     first = list(kept_promises(parts))
     figures = list(reported(parts)) if contract.forward in (CLOSE, NEW) else []
     yield from first
+    yield from trains(before, claim.after, contract, claim.seed)
     yield from properties_held(before, claim.after, contract, claim.seed)
     if all(check.passed for check in first):
         probe = perturbed(claim.before, claim.seed)

@@ -173,3 +173,32 @@ def test_the_rounding_of_a_sum_over_many_positions_breaks_no_contract() -> None:
     model, x = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 2)), torch.randn(2, 5000, 16)
     for seed in range(3):
         assert apply(model, "rep-batchnorm", args=(x,), seed=seed).history[-1].changed
+
+
+class TwoActivations(nn.Module):
+    """act(x + f(act(W x))), both written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(models.DIM, models.DIM), nn.Linear(models.DIM, models.DIM)
+        self.act, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x))
+        return self.act2(x + self.second(x))
+
+
+def test_what_no_longer_trains_is_stopped(tmp_path: Path) -> None:
+    """Without its branch the last activation writes into the result of the first, which that needs for its gradient."""
+
+    def drop(program: Program, context: Context) -> None:
+        addition = next(n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor)
+        context.edit.rewire(addition, addition.args[0])
+        context.edit.remove_unused([addition, addition.args[1]], "second", "dropped")
+        context.edit.sweep()
+
+    x, close = torch.randn(3, models.DIM), Contract(CLOSE, NEW, bound=9.0)
+    with pytest.raises(VerificationError, match="trains: a step of training fails where it did not before"):
+        apply(TwoActivations(), [step(drop, close)], args=(x,), crash_folder=tmp_path)
+    evaluation = Contract(CLOSE, NEW, bound=9.0, evaluation_only=True)
+    assert apply(TwoActivations(), [step(drop, evaluation)], args=(x,)).history[-1].verification

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from rewrite import apply
 from rewrite.analysis.branches import branches
+from rewrite.torch_private import pytree
 from tests.captures import shared
 from tests.passes.table import Row
 
@@ -47,3 +50,14 @@ def test_branches_that_are_added_up_first_go_both(dropped: bool) -> None:
     assert [b.path.partition(".")[0] for b in branches(program)] == ["1", "1"]
     x = torch.randn(2, 5, 4)
     assert torch.allclose(program.module.eval()(x), nn.Sequential(model[0], model[1], model[3]).eval()(x), atol=1e-6)
+
+
+def test_what_is_left_trains_where_an_activation_writes_in_place() -> None:
+    """A ResNet's last activation wrote into the sum that goes, and would now write into what the one before keeps."""
+    program = apply(shared("resnet18"), "drop-blocks{layers=1}")
+    assert not program.module.get_submodule("layer1.1.act2").inplace
+    module = copy.deepcopy(program.module).train()
+    sum(t.sum() for t in pytree.tree_leaves(module(*program.example_args))).backward()
+    assert module.get_parameter("conv1.weight").grad.abs().max() > 0
+    names = [check.name for check in program.history[-1].verification.checks]
+    assert "trains" in names

@@ -339,3 +339,11 @@ class Bits(Pass):
     def run(self, program: Any, context: Any) -> None:
         value = {"bits": json.loads(self.bits), "group": 256, "rounding": "stochastic", "min_size": 64}
         context.edit.set_property("saved_tensors", value)
+
+
+def test_buffers_that_move_in_the_backward_may_move_with_the_gradient() -> None:
+    """online-norm's controls follow the gradient, which is an estimate; in the forward nothing else may change."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    program = rewrite.apply(model, "online-norm,compress-activations{min_size=64}", args=(torch.randn(4, 3, 8, 8),))
+    checks = {check.name: check.detail for check in program.history[-1].verification.checks}
+    assert checks["properties, train"] == "outputs and buffers bit for bit"

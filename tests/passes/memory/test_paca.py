@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rewrite
-from tests.captures import capture
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -80,3 +80,19 @@ def test_a_seed_draws_the_columns() -> None:
     ]
     assert torch.equal(places[0], places[1])
     assert not torch.equal(places[0], places[2])
+
+
+def test_a_weight_of_which_the_code_reads_the_dtype_alone_may_be_another() -> None:
+    query = "encoder.block.0.layer.0.SelfAttention.q"
+    program = rewrite.apply(shared("t5"), f"paca{{rank=8 where={query}}}")
+    assert f"{query}.weight" in [n.target for n in program.graph.nodes if n.op == "get_attr"]
+    assert not program.module.get_parameter(f"{query}.weight").requires_grad
+
+
+@pytest.mark.parametrize("step", ["expand{ffn=2x}", "expand{hidden=+5}"])
+def test_columns_grow_with_the_model(step: str) -> None:
+    program = rewrite.apply(shared("PreNormDecoder"), f"paca{{rank=3}},{step}")
+    columns = {n: p.shape for n, p in program.module.named_parameters() if n.endswith("columns")}
+    assert columns
+    for name, shape in columns.items():
+        assert shape == (len(program.module.get_parameter(name.replace("columns", "weight"))), 3)

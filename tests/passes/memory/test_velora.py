@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import rewrite
 from rewrite import VerificationError
 from rewrite.passes.memory.velora import VeLoRA, VeLoRALinear
+from tests.captures import shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -78,3 +79,12 @@ class Doubled(VeLoRA):
 def test_a_wrong_formula_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="gradient formula"):
         rewrite.apply(net(), [Doubled(width=8)], args=(X,), crash_folder=tmp_path)
+
+
+def test_what_would_change_its_parts_is_refused_or_left_alone() -> None:
+    program = rewrite.apply(shared("PreNormDecoder"), "velora{width=4}")
+    with pytest.raises(rewrite.RewriteError, match=r"ffn cannot grow .*velora keeps its input in parts"):
+        rewrite.apply(program, "expand{ffn=2x}")
+    (record,) = rewrite.apply(program, "fold-affine").history[1:]
+    reasons = {skip.path: skip.reason for skip in record.skipped}
+    assert reasons["layers.0.norm"] == "layers.0.qkv reads it, which is no linear layer or convolution"
