@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -36,7 +36,7 @@ class ReferenceForm(Form):
         old = TensorsOf(self.before, self.cut.old, setting, leaves=tensors.leaves)
         part = Part(old.called(self.cut.old), tensors.called(self.cut.new))
         try:
-            with barred(part.new.values()):
+            with barred(part.new.values(), part.old.values()):
                 found = self.step.formula(part, *self._ordered(values))
         except NoFormulaError:
             if not self._is_told_by_layers(part):
@@ -99,14 +99,18 @@ class _Formula(StandIn):
     """Computes what the pass says that ``layer`` computes."""
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        with barred([self.layer]):
+        with barred([self.layer], self.part.old.values()):
             return self.step.formula(self.part, *inputs)
 
 
 @contextmanager
-def barred(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the context, the ``forward`` of these layers' classes raises, torch's own layers left aside."""
-    classes = {type(part) for layer in layers for part in layer.modules() if not _is_torch(type(part))}
+def barred(layers: Collection[nn.Module], old: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Within the context, the ``forward`` of these layers' classes raises, torch's own layers left aside, and within them
+    those that the ``old`` layers are made of: an earlier pass may have put them there.
+    """
+    known = {type(part) for layer in old for part in layer.modules()}
+    inside = {type(part) for layer in layers for part in layer.modules()} - known
+    classes = {kind for kind in inside | {type(layer) for layer in layers} if not _is_torch(kind)}
     with ExitStack() as stack:
         for kind in classes:
             stack.enter_context(mock.patch.object(kind, "forward", _refusing(kind)))

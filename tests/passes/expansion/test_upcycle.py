@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rewrite import Program, RewriteError, apply, graft
-from tests.captures import capture
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -83,3 +83,10 @@ def test_what_is_left_alone_and_refused() -> None:
         apply(block()[1], "upcycle{top_k=1}")
     with pytest.raises(RewriteError, match="fewer experts than top_k"):
         apply(block()[1], "upcycle{experts=2 top_k=3}")
+
+
+def test_what_another_pass_put_into_an_ffn_goes_into_each_expert() -> None:
+    """The formula may compute with it, but not with the mixture."""
+    program = apply(shared("vit"), "rezero{init=0.5},upcycle{experts=2 noise=0.01}")
+    names = [name for name, _ in program.module.named_parameters() if ".experts." in name and name.endswith("gain.scale")]
+    assert len(names) == 4, names

@@ -89,10 +89,11 @@ def test_a_weight_of_which_the_code_reads_the_dtype_alone_may_be_another() -> No
     assert not program.module.get_parameter(f"{query}.weight").requires_grad
 
 
-@pytest.mark.parametrize("step", ["expand{ffn=2x}", "expand{hidden=+5}"])
-def test_columns_grow_with_the_model(step: str) -> None:
-    program = rewrite.apply(shared("PreNormDecoder"), f"paca{{rank=3}},{step}")
-    columns = {n: p.shape for n, p in program.module.named_parameters() if n.endswith("columns")}
-    assert columns
-    for name, shape in columns.items():
-        assert shape == (len(program.module.get_parameter(name.replace("columns", "weight"))), 3)
+def test_columns_grow_with_the_outputs_and_hold_the_inputs() -> None:
+    program = rewrite.apply(shared("PreNormDecoder"), "paca{rank=3 where=layers.*.up},expand{ffn=2x}")
+    columns = {name: p for name, p in program.module.named_parameters() if name.endswith("columns")}
+    assert columns.keys() == {"layers.0.up.columns", "layers.1.up.columns"}
+    assert all(p.shape == (32, 3) for p in columns.values())
+    for text in ("expand{ffn=2x}", "expand{method=net2net channels=+2}"):
+        with pytest.raises(rewrite.RewriteError, match="paca trains some of its inputs, by number"):
+            rewrite.apply(shared("PreNormDecoder"), f"paca{{rank=3}},{text}")
