@@ -100,7 +100,7 @@ KINDS: tuple[type[nn.Module], ...] = (PaCALinear, PaCATransposedLinear)
 
 @layer_rule(*KINDS)
 def _columns_follow(call: Call, layer: Any, path: str) -> Axes:
-    found = linear(call, layer, path)
+    found: Axes = linear(call, layer, path)
     call.unify(found[-1], call.notes.axes_of(layer.columns)[0])
     call.role(layer.columns, 0, "out")
     call.freeze(call.axes(call.node.args[0])[-1:], "paca trains some of its inputs, by number (merge-paca puts them back)")

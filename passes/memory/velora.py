@@ -58,7 +58,7 @@ KINDS: tuple[type[nn.Module], ...] = (VeLoRALinear, VeLoRATransposedLinear)
 
 @layer_rule(*KINDS)
 def _parts_stay(call: Call, layer: Any, path: str) -> Axes:
-    found = linear(call, layer, path)
+    found: Axes = linear(call, layer, path)
     call.freeze(call.axes(call.node.args[0])[-1:], "velora keeps its input in parts")
     return found
 

@@ -11,7 +11,6 @@ from torch.fx import Node
 
 from rewrite.graph.history import Check
 from rewrite.graph.maps import ParameterMap
-from rewrite.graph.nodes import attribute
 from rewrite.graph.program import Program
 from rewrite.graph.relation import Relation
 
@@ -130,13 +129,10 @@ class Parts:
 
     def _stays(self, old: Node, new: Node) -> bool:
         """Whether a layer was replaced by itself, but for writing in place or not."""
-        ours, theirs = (
-            attribute(program.module, str(node.target)) if node.op == "call_module" else None
-            for program, node in ((self.given.before, old), (self.given.after, new))
-        )
-        return (
-            type(ours) is type(theirs) and hasattr(ours, "inplace") and Sameness().unlike(ours, theirs, ["inplace"]) is None
-        )
+        if old.op != "call_module" or new.op != "call_module":
+            return False
+        ours, theirs = self.given.before.layer(old), self.given.after.layer(new)
+        return hasattr(ours, "inplace") and Sameness().unlike(ours, theirs, ["inplace"]) is None
 
     @functools.cached_property
     def ends(self) -> tuple[list[Node], list[Node]]:

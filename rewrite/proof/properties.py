@@ -49,7 +49,8 @@ def properties_held(before: Program, after: Program, contract: Contract, seed: i
 
 def _forward_alone(after: Program, changed: Mapping[str, Any], mode: Mode, seed: int) -> float:
     """By how much buffers differ before anything goes backward."""
-    return difference(*(_run(after, each, mode, seed, gradients=False) for each in ({}, changed))).buffers
+    without, within = (_run(after, each, mode, seed, gradients=False) for each in ({}, changed))
+    return difference(without, within).buffers
 
 
 def _run(program: Program, properties: Mapping[str, Any], mode: Mode, seed: int, *, gradients: bool = True) -> Run:
