@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rewrite.axes.layers import layer_rule, linear
+from rewrite.axes.layers import layer_rule, rule_of
 from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import Pass, option
@@ -96,14 +96,18 @@ class PaCATransposedLinear(_Partial, TransposedLinear):
 
 
 KINDS: tuple[type[nn.Module], ...] = (PaCALinear, PaCATransposedLinear)
+_HELD = "paca trains some of its inputs, by number (merge-paca puts them back)"
 
 
 @layer_rule(*KINDS)
 def _columns_follow(call: Call, layer: Any, path: str) -> Axes:
-    found: Axes = linear(call, layer, path)
+    """The columns have the weight's outputs; its inputs keep their numbers."""
+    inherited = rule_of(layer, besides=_columns_follow)
+    assert inherited is not None
+    found: Axes = inherited(call, layer, path)
     call.unify(found[-1], call.notes.axes_of(layer.columns)[0])
     call.role(layer.columns, 0, "out")
-    call.freeze(call.axes(call.node.args[0])[-1:], "paca trains some of its inputs, by number (merge-paca puts them back)")
+    call.freeze(call.axes(call.node.args[0])[-1:], _HELD)
     return found
 
 

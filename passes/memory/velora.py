@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.analysis.observe import data_or_examples, observe
-from rewrite.axes.layers import layer_rule, linear
+from rewrite.axes.layers import keeps_size
 from rewrite.graph.layers import TransposedLinear
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import Pass, option
@@ -21,7 +21,6 @@ from rewrite.training.estimated import Estimated, linear_gradient
 from rewrite.training.lone_linears import LinearSite, lone_linears
 
 if TYPE_CHECKING:
-    from rewrite.axes.call import Axes, Call
     from rewrite.graph.program import Program
     from rewrite.pipeline.context import Context
     from rewrite.proof.part import Part
@@ -54,13 +53,8 @@ class VeLoRATransposedLinear(_Directed, TransposedLinear):
 
 
 KINDS: tuple[type[nn.Module], ...] = (VeLoRALinear, VeLoRATransposedLinear)
-
-
-@layer_rule(*KINDS)
-def _parts_stay(call: Call, layer: Any, path: str) -> Axes:
-    found: Axes = linear(call, layer, path)
-    call.freeze(call.axes(call.node.args[0])[-1:], "velora keeps its input in parts")
-    return found
+keeps_size(1, "velora keeps its input in parts", VeLoRALinear)
+keeps_size(0, "velora keeps its input in parts", VeLoRATransposedLinear)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from rewrite.analysis.sites import Site, sites
+from rewrite.axes.layers import keeps_size
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.replacing import Replacing
@@ -41,6 +42,9 @@ class NormedPatches(nn.Conv2d):
         y = F.linear(tiles, self.weight.flatten(1), self.bias)
         y = F.layer_norm(y, y.shape[-1:], self.channel_weight, self.channel_bias, self.norm_eps)
         return y.permute(0, 3, 1, 2)
+
+
+keeps_size(0, "what it gives is normalized within", NormedPatches)
 
 
 @dataclass(frozen=True)

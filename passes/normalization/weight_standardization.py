@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.analysis.sites import Site, sites
+from rewrite.axes.layers import keeps_size
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.replacing import Replacing
@@ -61,6 +62,8 @@ _KINDS: Mapping[type[nn.Module], Any] = {
     nn.Conv2d: StandardizedConv2d,
     nn.Conv3d: StandardizedConv3d,
 }
+
+keeps_size(1, "the weight is standardized over all that it reads", *_KINDS.values())
 
 
 @dataclass(frozen=True)

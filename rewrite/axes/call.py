@@ -236,11 +236,11 @@ class Call:
         self.notes.literals.append(Literal(self.node, argument, place, dim, self.region, sign, start))
 
     def computed(self, size: Any, dim: Dim) -> None:
-        """Note the number in a size that is computed from the input's: `batch * 12` where heads lie beside the batch."""
+        """Note the numbers in a size that is computed from the input's: `batch * 12` where heads lie beside the batch."""
         if not isinstance(size, Node) or size.target is not operator.mul:
             return
         numbers = {i: value for i, value in enumerate(size.args) if isinstance(value, int)}
-        own, place = next(self._counted(dim, numbers), (dim, None))
+        own, place, rest = next(self._counted(dim, numbers), (dim, None, ()))
         if place is None or self.region != "":
             reason = "it is part of a size that is computed"
             others = [self.notes.computed.setdefault((size, i), self.rigid(n, reason)) for i, n in numbers.items()]
@@ -249,14 +249,19 @@ class Call:
         known = self.notes.computed.setdefault((size, place), own)
         self.unify(known, own)
         self.notes.literals.append(Literal(size, str(place), None, own))
+        for other in size.args if rest else ():
+            self.computed(other, product(rest))
 
-    def _counted(self, dim: Dim, numbers: Mapping[int, int]) -> Iterator[tuple[Dim, int]]:
-        """Parts of a dimension that one of these numbers is the size of: what no input gives, else what stands last."""
+    def _counted(self, dim: Dim, numbers: Mapping[int, int]) -> Iterator[tuple[Dim, int, Sequence[Dim]]]:
+        """Parts of a dimension that one of these numbers is the size of, and the others: what no input gives, else what
+        stands last.
+        """
         factors = list(dim.factors())
         free = [f for f in factors if f.kind != "atom" or "a size of the input" not in f.rigid]
-        for parts in (free, *(factors[i:] for i in range(1, len(factors)))):
+        given = [f for f in factors if f not in free]
+        for parts, rest in ((free, given), *((factors[i:], factors[:i]) for i in range(1, len(factors)))):
             own = product(parts)
-            yield from ((own, i) for i, value in numbers.items() if value == own.size)
+            yield from ((own, i, rest) for i, value in numbers.items() if value == own.size)
 
     def attribute(self, path: str, name: str, dim: Dim, place: int | None = None) -> None:
         """Note that a layer's attribute, or what is at a place in it, is the size of a dimension."""

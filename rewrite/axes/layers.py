@@ -34,9 +34,25 @@ def layer_rule(*kinds: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
     return register
 
 
-def rule_of(layer: nn.Module) -> LayerRule | None:
-    """The rule for a layer's class or the nearest one that it inherits from, None where there is none."""
-    return next((rule for kind in type(layer).__mro__ for kinds, rule in LAYERS if kind in kinds), None)
+def rule_of(layer: nn.Module, besides: LayerRule | None = None) -> LayerRule | None:
+    """The rule for a layer's class or the nearest one that it inherits from, None where there is none but ``besides``."""
+    found = (rule for kind in type(layer).__mro__ for kinds, rule in LAYERS if kind in kinds and rule is not besides)
+    return next(found, None)
+
+
+def keeps_size(axis: int, why: str, *kinds: type[nn.Module]) -> None:
+    """Let layers be treated as those that they inherit from, but for an axis of their weight that cannot change its size.
+
+    That is: layers that compute with all entries along it at once, as a weight that is standardized.
+    """
+
+    @layer_rule(*kinds)
+    def held(call: Call, layer: Any, path: str) -> Any:
+        inherited = rule_of(layer, besides=held)
+        assert inherited is not None
+        found = inherited(call, layer, path)
+        call.freeze([call.notes.axes_of(layer.weight)[axis]], why)
+        return found
 
 
 def _given(call: Call) -> Axes:
@@ -62,8 +78,7 @@ def _like_weight(call: Call, layer: nn.Module, weight: torch.Tensor) -> None:
 
 
 @layer_rule(nn.Linear, TransposedLinear)
-def linear(call: Call, layer: Any, path: str) -> Axes:
-    """The last dimension is the weight's input, its output comes instead; for layers of one's own to begin with."""
+def _linear(call: Call, layer: Any, path: str) -> Axes:
     own, weight = _given(call), call.notes.axes_of(layer.weight)
     into, out = (0, 1) if isinstance(layer, TransposedLinear) else (1, 0)
     call.unify(own[-1], weight[into])

@@ -62,9 +62,27 @@ _ELEMENTWISE = frozenset(_NAMES.split())
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
 
 
+_FORMS = frozenset(
+    {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten", "slice", "select", "narrow"}
+) | {"permute", "transpose", "t", "contiguous", "clone", "alias", "detach", "to", "_to_copy"}
+"""Operators whose result holds numbers of what they are given, in another form."""
+
+
+def _is_formed(node: Node) -> bool:
+    return getattr(packet(node), "__name__", "") in _FORMS
+
+
 def is_added(node: Node) -> bool:
-    """Whether a value is added to others, as a bias is, or a table of positions."""
-    return any(packet(user) in _SUMS for user in node.users)
+    """Whether a value, in whatever form, is added to others, as a bias is, or a table of positions."""
+    sums = (user for user in node.users if packet(user) in _SUMS)
+    return any(len(user.all_input_nodes) > 1 for user in sums) or any(is_added(u) for u in node.users if _is_formed(u))
+
+
+def _behind(call: Call, value: Node) -> torch.Tensor | None:
+    """The parameter or buffer that a value is another form of."""
+    while _is_formed(value) and isinstance(value.args[0], Node):
+        value = value.args[0]
+    return call.tensor_of(value)
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -80,10 +98,12 @@ def elementwise(call: Call) -> Any:
     found = call.broadcast(given, call.sizes)
     role = "added" if packet(call.node) in _SUMS else "elementwise"
     for node, axes in call.tensors():
-        tensor = call.tensor_of(node)
+        tensor = _behind(call, node)
         if tensor is not None:
-            for axis in range(len(axes)):
-                call.role(tensor, axis, role)
+            roots = {dim.root() for dim in axes}
+            for axis, dim in enumerate(call.notes.axes_of(tensor)):
+                if dim.root() in roots:
+                    call.role(tensor, axis, role)
             if role == "added":
                 _note_shift(found, axes)
     parts = [found if sizes == call.sizes else call.broadcast(given, sizes) for sizes in call.all_sizes]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from rewrite.axes.layers import keeps_size
 from rewrite.graph.layers import TransposedLinear
 
 
@@ -72,3 +73,6 @@ CENTERED: Mapping[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: CenteredDropout,
 }
 """The layer that does so for each kind of layer."""
+_MEAN = "the mean over it is taken out (centering=bake takes it out of the weight)"
+keeps_size(0, _MEAN, CenteredLinear, CenteredConv2d)
+keeps_size(1, _MEAN, CenteredTransposedLinear, CenteredEmbedding)

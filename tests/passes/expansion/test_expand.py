@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from rewrite import Program, RewriteError, apply
-from tests.captures import capture
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -542,3 +542,30 @@ def test_parallel_branches_are_added_up_before_the_stream() -> None:
 
     made = apply(Net(), "expand{layers=+1}", (torch.randint(0, 11, (2, 5)),))
     assert not made.module.get_parameter("layers.2.down.weight").any()
+
+
+class FormedBias(nn.Module):
+    """A bias that is added in another form, a part of it even, and one within a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bias, self.places = nn.Linear(4, 8), nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(9, 8))
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.bias.view(1, 1, -1) + self.places[:5]
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+def test_a_bias_in_another_form_is_one() -> None:
+    """Its new entries are 0, as those of any other."""
+    program = apply(FormedBias(), "expand{hidden=+3}", args=(torch.randn(2, 5, 4),))
+    assert not program.module.get_parameter("bias")[8:].any()
+    assert not program.module.get_parameter("places")[:, 8:].any()
+
+
+def test_a_bias_within_a_layer_of_a_pass_is_one() -> None:
+    """EvoNorm's, whose numbers were 0 in the model and no longer are."""
+    program = apply(shared("ResidualConvolutions"), "evonorm")
+    torch.nn.init.normal_(program.module.get_parameter("bn0.bias"))
+    assert not apply(program, "expand{hidden=+5}").module.get_parameter("bn0.bias")[8:].any()

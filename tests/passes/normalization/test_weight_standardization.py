@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from rewrite import apply
+from rewrite import RewriteError, apply
+from tests.captures import shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -33,3 +35,10 @@ def test_what_is_left_alone() -> None:
         "0": "each output channel reads a single number, which has no variance",
         "1": "it is a MaskedConv2d, no plain convolution",
     }
+
+
+def test_what_a_standardized_weight_reads_keeps_its_size() -> None:
+    program = apply(shared("ResidualConvolutions"), "weight-standardization")
+    for text in ("expand{hidden=+5}", "expand{method=net2net channels=+2}"):
+        with pytest.raises(RewriteError, match="conv1: the weight is standardized over all that it reads"):
+            apply(program, text)

@@ -386,6 +386,26 @@ def test_a_number_in_a_computed_size_is_one_dimension_wherever_it_is_used() -> N
     assert check(Editor(program.clone(), "check")) > 1
 
 
+class Patches(nn.Module):
+    """Channels and rows of patches beside the batch, by two products: (batch * 6) * 4, as in timm's MobileViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Conv2d(3, 6, 1), nn.Linear(2, 2), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        batch, channels, high, wide = x.shape
+        x = self.mix(x.reshape(batch * channels * (high // 2), 2, wide // 2, 2).transpose(1, 2))
+        return self.head(x.transpose(1, 2).reshape(batch, channels, high, wide))
+
+
+def test_numbers_in_a_product_of_a_product() -> None:
+    program = capture(Patches(), (torch.randn(2, 3, 8, 8),))
+    assert 6 in {d.size for d in analyze(program).resizable.values()}
+    assert check(Editor(program.clone(), "check")) >= 2
+
+
 QUICK = ("falcon", "gpt2", "llama", "mixtral", "t5")
 ALL = [*zoo.transformers_cases(), *zoo.timm_cases()]
 MODELS = [case for case in ALL if case.name in QUICK or os.environ.get("REWRITE_ZOO")]
