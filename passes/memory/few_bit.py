@@ -11,7 +11,7 @@ from torch import nn
 
 from rewrite.analysis.observe import data_or_examples, first_inputs, observe
 from rewrite.analysis.writes import Writes
-from rewrite.errors import OptionError, RewriteError
+from rewrite.errors import OptionError, RewriteError, named_line
 from rewrite.graph.spelled import SpelledActivation
 from rewrite.graph.tree import on_meta
 from rewrite.pipeline.pass_ import Pass, option
@@ -172,7 +172,11 @@ class FewBitPass(Pass):
             return _UNMEASURED
         context.listener("measuring how far the gradient is off")
         inputs = first_inputs(program, context.data)
-        bits, error = fewest_bits(program, inputs, layers.of, range(3, 7), BOUND, context.seed)
+        try:
+            bits, error = fewest_bits(program, inputs, layers.of, range(3, 7), BOUND, context.seed)
+        except Exception as wrong:  # what a model's own code raises is without end
+            context.warn(f"no gradient could be measured, which has {_UNMEASURED} bits now: {named_line(wrong)}")
+            return _UNMEASURED
         context.measure("all parameters", bits=bits, off=error)
         if error > BOUND:
             context.warn(f"the gradient is {error:.2f} off with {bits} bits; give the levels data, or leave activations out")

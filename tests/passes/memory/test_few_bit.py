@@ -386,6 +386,15 @@ def test_on_the_meta_device_nothing_is_measured() -> None:
     assert len(record.changes) == 1
 
 
+def test_where_the_example_does_not_train_nothing_is_measured() -> None:
+    """BatchNorm takes no statistics of a single sample."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.GELU(), nn.Dropout(0.1), nn.Linear(24, 4))
+    program = rewrite.capture(model, (torch.randn(2, 24),))
+    after = rewrite.apply(program, "few-bit", data=[torch.randn(1, 24)], verify=False)
+    assert "no gradient could be measured" in after.history[0].warnings[0]
+    assert "bits=4" in repr(after.module)
+
+
 def far_out() -> nn.Module:
     """A softplus that is given numbers around -5, as that of a Mamba."""
     torch.manual_seed(0)
