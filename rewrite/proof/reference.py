@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rewrite.graph.nodes import attribute
+from rewrite.graph.regions import Region
 from rewrite.numerics.compare import same_bytes
 from rewrite.torch_private import pytree
 
@@ -106,10 +107,10 @@ class _Formula(StandIn):
 @contextmanager
 def barred(layers: Collection[nn.Module], old: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Within the context, the ``forward`` of these layers' classes raises, torch's own layers left aside, and within them
-    those that the ``old`` layers are made of: an earlier pass may have put them there.
+    those that the ``old`` layers are made of, which an earlier pass may have put there, and those that hold a graph.
     """
     known = {type(part) for layer in old for part in layer.modules()}
-    inside = {type(part) for layer in layers for part in layer.modules()} - known
+    inside = {type(part) for layer in layers for part in layer.modules()} - known - {Region}
     classes = {kind for kind in inside | {type(layer) for layer in layers} if not _is_torch(kind)}
     with ExitStack() as stack:
         for kind in classes:

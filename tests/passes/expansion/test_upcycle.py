@@ -85,6 +85,12 @@ def test_what_is_left_alone_and_refused() -> None:
         apply(block()[1], "upcycle{experts=2 top_k=3}")
 
 
+def test_experts_with_an_activation_that_is_spelled_out() -> None:
+    """GPT-2's, which runs its graph as an expert runs its own."""
+    (record,) = apply(shared("gpt2"), "upcycle{experts=2 noise=0.01}").history
+    assert record.verification
+
+
 def test_what_another_pass_put_into_an_ffn_goes_into_each_expert() -> None:
     """The formula may compute with it, but not with the mixture."""
     program = apply(shared("vit"), "rezero{init=0.5},upcycle{experts=2 noise=0.01}")
