@@ -268,6 +268,7 @@ def _blocks(paths: Sequence[str], kinds: Sequence[Kind]) -> list[str]:
 
 
 def _prefixes(path: str) -> list[tuple[str, ...]]:
-    """Every part of a path, from its beginning, that ends in a number."""
+    """Every part of a path, from its beginning, that ends in a number; where none does, in a name with one (s3.b2)."""
     parts = tuple(path.split("."))
-    return [parts[: i + 1] for i, part in enumerate(parts) if part.isdigit()]
+    numbered = [parts[: i + 1] for i, part in enumerate(parts) if part.isdigit()]
+    return numbered or [parts[: i + 1] for i, part in enumerate(parts) if part[-1:].isdigit()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rewrite import apply
 from rewrite.analysis.branches import branches
 from rewrite.torch_private import pytree
-from tests.captures import shared
+from tests.captures import capture, shared
 from tests.passes.table import Row
 
 ROWS = [
@@ -61,3 +61,22 @@ def test_what_is_left_trains_where_an_activation_writes_in_place() -> None:
     assert module.get_parameter("conv1.weight").grad.abs().max() > 0
     names = [check.name for check in program.history[-1].verification.checks]
     assert "trains" in names
+
+
+def test_blocks_that_are_numbered_within_a_name() -> None:
+    """As RegNet's s3.b2: each is a layer of its own."""
+    model = nn.Sequential()
+    for name in ("b1", "b2", "b3"):
+        model.add_module(name, Residual())
+    program = capture(model, (torch.randn(2, 8),))
+    assert [(b.layer, b.path) for b in branches(program)] == [(0, "b1"), (1, "b2"), (2, "b3")]
+    assert [b.path for b in branches(apply(program, "drop-blocks{layers=1 bound=9}"))] == ["b1", "b3"]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(x)))
