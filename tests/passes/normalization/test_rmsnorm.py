@@ -24,7 +24,7 @@ ROWS = [
     Row("rmsnorm", "resnet18", 0),
     Row("rmsnorm{mode=swap}", "gpt2", 5),
     Row("rmsnorm{centering=keep}", "gpt2", 11),
-    Row("rmsnorm{centering=keep}", "LayerNormByHand", 12),
+    Row("rmsnorm{centering=keep}", "LayerNormByHand", 9),
 ]
 DIM = 8
 
