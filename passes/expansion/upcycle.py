@@ -163,7 +163,8 @@ def _home(program: Program, branch: Branch) -> ModuleCall | None:
         calls = module_calls(program.graph, path) if path else []
         for call in calls if len(calls) == 1 else ():
             own = {node for node in call.nodes if node.op == "call_module"}
-            if set(branch.parts.projections) <= own <= inside and len(call.sources) == len(call.results) == 1:
+            alone = set(branch.parts.projections) <= own <= inside and branch.addition not in call.nodes
+            if alone and len(call.sources) == len(call.results) == 1:
                 return call
     return None
 

@@ -85,6 +85,13 @@ def test_what_is_left_alone_and_refused() -> None:
         apply(block()[1], "upcycle{experts=2 top_k=3}")
 
 
+def test_a_block_that_is_nothing_but_an_ffn() -> None:
+    """The FFN in it becomes a mixture, the sum around it stays (gMLP)."""
+    program = capture(nn.Sequential(nn.Linear(4, 6), Block(), Block()), (torch.randn(3, 4, 4),))
+    names = [name for name, _ in apply(program, "upcycle").module.named_parameters() if name.endswith("router.weight")]
+    assert names == ["1.ffn.router.weight", "2.ffn.router.weight"]
+
+
 def test_experts_with_an_activation_that_is_spelled_out() -> None:
     """GPT-2's, which runs its graph as an expert runs its own."""
     (record,) = apply(shared("gpt2"), "upcycle{experts=2 noise=0.01}").history
