@@ -119,7 +119,7 @@ class FewBitPass(Pass):
 
     Errors add up over the depth of a model, and halve with each bit. ``bits=auto`` takes 3 or as many more as keep the
     gradient of all parameters within 0.05 of the exact one (relative, root mean square), measured on the first call of the
-    data, or on the example inputs: 4 for two blocks of a GPT-2 with random weights, 5 for the twelve of a ViT-S.
+    data, or on the example inputs: 4 for two blocks of a GPT-2 with random weights, 5 or 6 for the twelve of a ViT.
 
     Source: Novikov et al., "Few-bit Backward: Quantized Gradients of Activation Functions for Memory Footprint Reduction",
     ICML 2023 (arXiv 2202.00441), section 3: borders and levels by dynamic programming; Yang et al., "Reducing Fine-Tuning
