@@ -202,3 +202,10 @@ def test_what_no_longer_trains_is_stopped(tmp_path: Path) -> None:
         apply(TwoActivations(), [step(drop, close)], args=(x,), crash_folder=tmp_path)
     evaluation = Contract(CLOSE, NEW, bound=9.0, evaluation_only=True)
     assert apply(TwoActivations(), [step(drop, evaluation)], args=(x,)).history[-1].verification
+
+
+def test_a_formula_may_not_call_its_layer_where_one_of_its_class_stood_before(tmp_path: Path) -> None:
+    before = apply(program(), [step(with_square(), OTHER, reference=square)])
+    again = step(with_square(lambda layer, x: layer.gain * x), OTHER, reference=call)
+    with pytest.raises(VerificationError, match="the formula calls Square, the layer that it is to judge"):
+        apply(before, [again], crash_folder=tmp_path)
