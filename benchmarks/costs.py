@@ -7,8 +7,8 @@ over that of the parameters. `onnx`: `export_onnx` without its check beside `tor
 model that was made before, with the same free sizes. `meta`: a Llama of 405B parameters' sizes on the meta device, exported
 by torch.export alone, captured, saved and read back. `start`: `rewrite --help` beside an empty Python, `rewrite passes`
 beside `import torch`.
-CPU seconds, one thread: medians of the rounds, or the best of two for `meta`. `save` makes digests
-beside writing: by the clock it takes less, where a core is free.
+CPU seconds, one thread: medians of the rounds, or the best of two for `meta`. `save` makes digests beside writing: by the
+clock it takes less, where a core is free.
 """
 
 from __future__ import annotations

@@ -125,8 +125,7 @@ def pads(layer: object) -> bool:
 
 def _layer(program: Program, node: Node) -> Linear | None:
     layer, path = program.layer(node), str(node.target)
-    plain = type(layer).forward in (nn.Linear.forward, TransposedLinear.forward)  # others train by another gradient
-    if not isinstance(layer, nn.Linear | TransposedLinear) or not plain or not isinstance(node.args[0], Node):
+    if not isinstance(layer, nn.Linear | TransposedLinear) or not isinstance(node.args[0], Node):
         return None
     sizes = layer.in_features, layer.out_features
     bias = (Rows(f"{path}.bias", 0, sizes[1]),) if layer.bias is not None else ()

@@ -83,6 +83,8 @@ class NormReaders:
 
     def _linear(self, node: Node) -> Linear | None:
         found = linear_of(self.program, node)
+        if found is not None and hasattr(found.layer, "plain"):
+            return None  # it trains by an operator of its own: the gradient of what is folded would be no longer its own
         return convolution_of(self.program, node) if found is None and self.convolutions else found
 
     def _reader(self, reader: Node, source: Node, axis: int, shifted: bool) -> str:

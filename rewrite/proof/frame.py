@@ -17,8 +17,7 @@ from torch.fx import Node
 
 from rewrite.graph.change import Change, Kind
 from rewrite.graph.history import Check
-from rewrite.graph.nodes import attribute, literal_arguments
-from rewrite.graph.ops import FOLLOWING
+from rewrite.graph.nodes import attribute, gives_kind_alone, literal_arguments
 from rewrite.graph.program import Container, Program
 from rewrite.graph.properties import thawed
 from rewrite.graph.tree import names_of_modules, names_of_tensors
@@ -156,7 +155,7 @@ class _Frame:
             return "its arguments changed"
         if new.op == "get_attr" and str(new.target) not in self.edits.tensors:
             ours, theirs = attribute(self.before.module, str(old.target)), attribute(self.after.module, str(new.target))
-            read = _form if all(user.target in FOLLOWING for user in new.users) else _itself
+            read = _form if gives_kind_alone(new) else _itself
             return None if self.same.value(read(ours), read(theirs)) else f"the tensor {new.target} changed"
         return None
 

@@ -88,3 +88,9 @@ def test_what_would_change_its_parts_is_refused_or_left_alone() -> None:
     (record,) = rewrite.apply(program, "fold-affine").history[1:]
     reasons = {skip.path: skip.reason for skip in record.skipped}
     assert reasons["layers.0.norm"] == "layers.0.qkv reads it, which is no linear layer or convolution"
+
+
+def test_masks_do_not_stop_a_fold_as_gradients_of_their_own_do() -> None:
+    folded = rewrite.apply(shared("PreNormDecoder"), "random-prune{sparsity=0.5},fold-affine").history[-1]
+    assert "layers.0.norm" not in {skip.path for skip in folded.skipped}
+    assert folded.changes
