@@ -3,8 +3,9 @@
     python benchmarks/chains.py [--seconds 600] [--seed 0] [--length 3]
 
 A pass has to be applied, to be refused by a reason, or to leave the model alone: a broken contract or any other exception
-is a fault, and is printed with what came before. What a chain has made is saved and read back, and has to be the same. The
-texts and models are those of the rows of tests/passes; data goes to a pass where the row of that text has the model.
+is a fault, and is printed with what came before. What a chain has made is saved and read back, and has to be the same; it is
+grafted into the model's class, and converted to ONNX, which are to hold what they made against it or to refuse by a reason.
+The texts and models are those of the rows of tests/passes; data goes to a pass where the row of that text has the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,9 +47,8 @@ def main() -> None:
     while time.monotonic() < end:
         counts.update(tried(draw.choice(models), draw.sample(sorted(ROWS), options.length)))
         counts["chains"] += 1
-    words = ", ".join(
-        f"{counts[name]} {name}" for name in ("chains", "applied", "unchanged", "refused", "read back", "faults")
-    )
+    names = ("chains", "applied", "unchanged", "refused", *(f"{no}{end}" for end in ENDS for no in ("", "not ")), "faults")
+    words = ", ".join(f"{counts[name]} {name}" for name in names)
     print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, seed {options.seed}: {words}")
 
 
@@ -68,21 +69,42 @@ def tried(model: str, texts: list[str]) -> list[str]:
             outcomes.append("applied" if program.history[-1].changed else "unchanged")
             done += [text] * program.history[-1].changed
         if done:
-            outcomes.append(_read_back(program, Path(folder) / "made.pt2", f"{model}: {' then '.join(done)}"))
+            outcomes += [_ended(program, model, end, Path(folder), " then ".join(done)) for end in ENDS]
     return outcomes
 
 
-def _read_back(program: rewrite.Program, file: Path, words: str) -> str:
+def _ended(program: rewrite.Program, model: str, end: str, folder: Path, words: str) -> str:
+    """What became of a chain's result at one of its ends."""
     try:
-        found = rewrite.verify(program, rewrite.load(rewrite.save(program, file)))
-    except RewriteError:
-        return "refused"
+        ENDS[end](program, model, folder)
     except Exception as error:
-        print(f"{words}: {named_line(error)}", flush=True)
+        if isinstance(error, RewriteError) and not isinstance(error, VerificationError):
+            return f"not {end}"
+        print(f"{model}: {words}: {end}: {named_line(error)}", flush=True)
         return "faults"
-    if not found.bitwise:
-        print(f"{words}: read back it is {found}", flush=True)
-    return "read back" if found.bitwise else "faults"
+    return end
+
+
+def _read_back(program: rewrite.Program, _: str, folder: Path) -> None:
+    found = rewrite.verify(program, rewrite.load(rewrite.save(program, folder / "made.pt2")))
+    assert found.bitwise, f"read back it is {found}"
+
+
+def _grafted(program: rewrite.Program, model: str, _: Path) -> None:
+    whole = subject(model).model
+    assert whole is not None
+    rewrite.graft(program, whole)
+
+
+def _converted(program: rewrite.Program, _: str, folder: Path) -> None:
+    rewrite.export_onnx(program, folder / "made.onnx")
+
+
+ENDS: dict[str, Callable[[rewrite.Program, str, Path], None]] = {
+    "read back": _read_back,
+    "grafted": _grafted,
+    "converted": _converted,
+}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rewrite.analysis.sites import Site, sites
+from rewrite.axes.followers import Follower, moves_along
 from rewrite.graph.like import like
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.replacing import Replacing
@@ -60,6 +61,9 @@ class OnlineNorm(nn.Module):
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
         return torch.stack([m for m, _ in found]), torch.stack([s for _, s in found])
+
+
+moves_along(OnlineNorm, *(Follower(name, "running_mean", of_gradients=True) for name in ("control_y", "control_x")))
 
 
 class _Controlled(torch.autograd.Function):

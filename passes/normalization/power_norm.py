@@ -10,6 +10,7 @@ from torch import nn
 
 from rewrite.analysis.norms import Norm
 from rewrite.analysis.running_norm import RunningSquareNorm, rows
+from rewrite.axes.followers import Follower, moves_along
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.running_norms import RunningNorms, Statistics, buffer, weight_of
 
@@ -42,6 +43,9 @@ class PowerNorm(RunningSquareNorm):
         with torch.no_grad():
             self.square.lerp_(rows(x).square().mean(0).to(self.square.dtype), self.momentum)
         return u * self.weight if self.bias is None else u * self.weight + self.bias
+
+
+moves_along(PowerNorm, Follower("control", "square", of_gradients=True))
 
 
 class _Normalized(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import nn
 
 from rewrite.analysis.norms import Norm
 from rewrite.analysis.running_norm import RunningSquareNorm, rows
+from rewrite.axes.followers import Follower, moves_along
 from rewrite.pipeline.pass_ import option
 from rewrite.pipeline.running_norms import RunningNorms, Statistics, buffer, weight_of
 
@@ -61,6 +62,9 @@ class UnifiedNorm(RunningSquareNorm):
             self.square.lerp_(smooth, self.momentum)
         u: torch.Tensor = _Smoothed.apply(x, (smooth + self.eps).rsqrt(), self.controls, place, used / steps)
         return u * self.weight if self.bias is None else u * self.weight + self.bias
+
+
+moves_along(UnifiedNorm, Follower("squares", "square", 1), Follower("controls", "square", 1, of_gradients=True))
 
 
 def window_mask(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

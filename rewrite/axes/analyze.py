@@ -26,6 +26,7 @@ from rewrite.torch_private import make_fx, pytree
 from . import complexes, images, mixtures, moves, products, tables  # noqa: F401, each registers its rules
 from .call import Axes, Call, Notes, parameters_of
 from .dims import Dim
+from .followers import of_training
 from .layers import rule_of
 from .operators import by_operator, is_added
 from .table import Table, tabulated
@@ -116,9 +117,14 @@ class Walk:
             for tensor in parameters_of(layer):
                 call.freeze(self.notes.axes_of(tensor), f"{type(layer).__name__} has no rule")
             return call.unruled(type(layer).__name__)
-        own = [list(self.notes.axes_of(tensor)) for tensor in traced[1]]
+        graph, state = traced
+        own = [list(self.notes.axes_of(tensor)) for tensor in state.values()]
         walk = Walk(layer, self.notes, None)
-        return _checked(call, lambda: self._within(walk, traced[0], [*own, *given], traced[1]))
+        found = _checked(call, lambda: self._within(walk, graph, [*own, *given], list(state.values())))
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        unread = {name: state[name] for name, place in zip(state, places, strict=False) if not place.users}
+        of_training(call, layer, unread, [*own, *(axes for axes in given if axes is not None)])
+        return found
 
     def _within(self, walk: Walk, graph: Graph, given: Sequence[Any], tensors: Sequence[torch.Tensor] = ()) -> Any:
         """The dimensions of what a graph within a layer gives; its placeholders are given those of ``given``."""
@@ -177,8 +183,8 @@ def _parts(found: Any) -> list[Axes]:
     return [part for each in found for part in _parts(each)] if isinstance(found, list | tuple) else []
 
 
-def _traced(node: Node, layer: nn.Module) -> tuple[Graph, list[torch.Tensor]] | None:
-    """The operators that a layer's forward calls in evaluation, and the tensors of its that they read before its inputs;
+def _traced(node: Node, layer: nn.Module) -> tuple[Graph, dict[str, torch.Tensor]] | None:
+    """The operators that a layer's forward calls in evaluation, and its tensors by name, which come before its inputs;
     None where it cannot be traced.
     """
     values = [v.meta.get("val") if isinstance(v, Node) else v for v in node.args]
@@ -195,4 +201,4 @@ def _traced(node: Node, layer: nn.Module) -> tuple[Graph, list[torch.Tensor]] | 
             made = make_fx(called, tracing_mode="fake")([torch.empty_like(t) for t in state.values()], *given)
     except Exception:  # whatever the layer's code raises, it cannot be looked into
         return None
-    return made.graph, list(state.values())
+    return made.graph, state

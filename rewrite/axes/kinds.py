@@ -23,6 +23,7 @@ from rewrite.graph.program import Program
 
 from .call import Score
 from .dims import Dim
+from .followers import MEANS_OF_GRADIENTS
 from .growth import READERS, WRITERS, Growth
 from .keys import keys_of
 from .rms import norms_along, rescale, zero_obstacle
@@ -66,7 +67,7 @@ def obstacle(program: Program, table: Table, kind: str, name: str, dim: Dim) -> 
         )
     if dim.rigid:
         return dim.rigid
-    meeting = sorted(dim.uses - KEEPING - _ALSO.get(kind, set()))
+    meeting = sorted(dim.uses - KEEPING - {MEANS_OF_GRADIENTS} - _ALSO.get(kind, set()))
     if "norm" in meeting and kind == "head_dim":
         return "queries and keys are normalized along it (QK-norm): new channels would be felt; grow value_dim or heads"
     if meeting == ["output"]:
