@@ -46,9 +46,9 @@ class Recompute(Pass):
         taken: list[Place] = []
         covered: list[str] = []
         for place in sorted(chosen, key=lambda place: (place.path.count("."), place.is_layer)):
-            around = next((path for path in covered if place.path.startswith(f"{path}.")), None)
-            if place.obstacle or around is not None:
-                context.skip(place.path, place.obstacle or f"it is computed again with {around}")
+            is_within = any(place.path.startswith(f"{path}.") for path in covered)
+            if place.obstacle or is_within:
+                context.skip(place.path, place.obstacle or "it is computed again with the region around it")
             else:
                 covered.append(place.path)
                 taken += [place] * (place.path not in done)

@@ -43,8 +43,12 @@ def properties_held(before: Program, after: Program, contract: Contract, seed: i
         elif contract.backward is ESTIMATE:
             yield _near(without.gradients, within.gradients, contract, mode)
         if changed != new:
-            every = difference(without, _run(after, new, mode, seed))
-            yield Check(f"all properties, {mode}", not _outputs(every), _words(every), _outputs(every))
+            whole = _run(after, new, mode, seed)
+            every = difference(without, whole)
+            words = _words(every)
+            if contract.backward is ESTIMATE:
+                words += f"; gradient: {_near(without.gradients, whole.gradients, contract, mode).detail}"
+            yield Check(f"all properties, {mode}", not _outputs(every), words, _outputs(every))
 
 
 def _forward_alone(after: Program, changed: Mapping[str, Any], mode: Mode, seed: int) -> float:

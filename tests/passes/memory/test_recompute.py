@@ -18,7 +18,7 @@ from tests.passes.table import Row
 NORMS = "recompute{where=type:*Norm*|type:*Activation*}"
 
 ROWS = [
-    Row("recompute", "gpt2", {"recompute"}, near_miss={"h.0.ln_1": "it is computed again with h.0"}),
+    Row("recompute", "gpt2", {"recompute"}, near_miss={"h.0.ln_1": "it is computed again with the region around it"}),
     Row(NORMS, "llama", {"recompute"}, near_miss={"layers.0": "not selected"}),
     Row("recompute{where=layer1.*}", "resnet18", {"recompute"}),
     Row("recompute", "Frozen", 0),
