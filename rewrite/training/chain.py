@@ -15,8 +15,17 @@ class Outer:
 
     def __init__(self) -> None:
         found = top_saved_hooks()
-        self.pack: Callable[[torch.Tensor], Any] = found[0] if found is not None else _same
+        self.pack: Callable[[torch.Tensor], Any] = found[0] if found is not None else unlinked
         self.unpack: Callable[[Any], torch.Tensor] = found[1] if found is not None else _same
+
+
+def unlinked(tensor: torch.Tensor) -> torch.Tensor:
+    """What a hook can hold of a tensor that it leaves as it is: autograd gives it back as a part of the graph.
+
+    The tensor itself, saved by the node that made it, would hold that node, which would hold the tensor: without a backward
+    neither ever went, and no garbage collector sees it.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _same(tensor: Any) -> Any:

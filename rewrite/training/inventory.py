@@ -19,6 +19,7 @@ from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
 from rewrite.torch_private import pytree
 
+from .chain import unlinked
 from .groups import as_pair
 from .packer import Storages, flat_storage
 
@@ -60,6 +61,7 @@ def inventory(program: Program, seed: int = 0) -> list[Item]:
         run = under(executed(module.graph, taker.running(), properties), properties)
         with seeded(module.train(), seed), torch.enable_grad(), saved_tensors_hooks(taker.pack, lambda kept: kept):
             taker.held.append(run(module, *inputs))
+        taker.held.clear()  # the hooks hold the taker, and the results what was kept with the hooks
         return taker.items
 
     return on_copy(program.module, action)
@@ -110,7 +112,7 @@ class _Taker:
             self.items.append(
                 Item(name, self.path, self.node, flat.nbytes, flat.numel(), is_rounded, is_mask, maker, inner, dtype)
             )
-        return tensor
+        return unlinked(tensor)
 
 
 class _Walker(Interpreter):

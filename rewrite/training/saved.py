@@ -25,6 +25,8 @@ from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
 from rewrite.torch_private import compiled_saved, is_traced, pytree
 
+from .chain import unlinked
+
 BACKENDS = ("eager", "inductor")
 
 
@@ -180,14 +182,12 @@ class _Ledger:
             else:
                 begin(hooks, lambda tensor: self._noted(pack(tensor), own), unpack)
 
-        with compiled, mock.patch.object(saved_tensors_hooks, "__init__", noting), saved_tensors_hooks(_same, _same):
+        with compiled, mock.patch.object(saved_tensors_hooks, "__init__", noting), saved_tensors_hooks(unlinked, _same):
             yield
         if self.is_inlined:
             results = [t for t in pytree.tree_leaves(self.held) if isinstance(t, torch.Tensor)]
             self._noted([*compiled_saved(results)], own)
-
-    def _noted_eagerly(self, given: Sequence[torch.Tensor], packed: Any, own: set[int]) -> Any:
-        return packed if is_traced(*given) else self._noted(packed, own)
+        self.held = None  # the hooks hold the ledger, and the results what was kept with the hooks
 
     def _noted(self, packed: Any, own: set[int]) -> Any:
         for tensor in pytree.tree_leaves(packed):

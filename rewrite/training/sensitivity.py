@@ -24,6 +24,7 @@ from rewrite.graph.program import LayerGraph, Program
 from rewrite.numerics.compare import on_copy
 from rewrite.numerics.randomness import seeded
 
+from .chain import unlinked
 from .groups import as_pair, quantized, restored
 from .packer import Storages, flat_storage
 from .probed import projected, sampled_gradient
@@ -111,13 +112,13 @@ class _Noisy:
     def pack(self, tensor: torch.Tensor) -> Any:
         key = self.storages.key(tensor)
         if key is None or not tensor.is_floating_point():
-            return tensor
+            return unlinked(tensor)
         if key not in self.numbers:
             flat = flat_storage(tensor)
             self.held.append(flat)  # keeps the key's address its own
             self.numbers[key] = -1 if as_pair(flat) is not None else len(self.sizes)
             self.sizes += [flat.numel()] * (self.numbers[key] >= 0)
-        return _Kept(tensor.detach(), self.numbers[key]) if self.numbers[key] >= 0 else tensor
+        return _Kept(tensor.detach(), self.numbers[key]) if self.numbers[key] >= 0 else unlinked(tensor)
 
     def unpack(self, kept: Any) -> torch.Tensor:
         if not isinstance(kept, _Kept):
