@@ -64,8 +64,8 @@ class RandomizedLinearPass(Pass):
     S has k = ratio · n rows for the n rows of x, and E[Sᵀ S] = k I: the mean of dW is exact, as are the gradients of input
     and bias. Kept are S x and a seed, from which S is drawn again; each step has another one, and the forward draws what it
     would. A single draw is noisy, and the noisier the more tokens there are that have little to do with each other. A layer
-    is left alone, with the reason, where its weight is shared, where another one keeps what it is given, and where the
-    sketches of all layers that are given the same take no less.
+    is left alone, with the reason, where its weight is shared, where another one keeps what it is given, where the sketches
+    of all layers that are given the same take no less, and where a sketch of the example inputs has one row.
 
     Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers" (arXiv 2201.13195).
     """
@@ -84,11 +84,17 @@ class RandomizedLinearPass(Pass):
     def run(self, program: Program, context: Context) -> None:
         found = lone_linears(program, (RandomizedLinear, RandomizedTransposedLinear))
         for salt, site in enumerate(context.choose(found, self.where)):
-            large = f"the sketches of {site.company} layers with one input are no smaller" * (site.company * self.ratio >= 1)
-            if site.obstacle or large:
-                context.skip(site.path, site.obstacle or large)
+            reason = site.obstacle or self._obstacle(site)
+            if reason:
+                context.skip(site.path, reason)
             else:
                 context.edit.replace_layer(site.path, self._layer(site, salt))
+
+    def _obstacle(self, site: LinearSite) -> str:
+        if site.company * self.ratio >= 1:
+            return f"the sketches of {site.company} layers with one input are no smaller"
+        lone = site.rows > 1 and height(site.rows, self.ratio) == 1
+        return f"a sketch of one row for {site.rows} is no estimate: take a larger batch, or a larger ratio" * lone
 
     def _layer(self, site: LinearSite, salt: int) -> nn.Module:
         kind = RandomizedTransposedLinear if isinstance(site.layer, TransposedLinear) else RandomizedLinear

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, Interpreter, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rewrite.graph.nodes import attribute, module_path
 from rewrite.graph.program import LayerGraph, Program
@@ -79,7 +80,7 @@ class _Taker:
     path: str = ""
     known: set[tuple[int, int, torch.dtype]] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
-    makers: dict[int, str] = field(default_factory=dict)
+    makers: dict[int, tuple[StorageWeakRef, str]] = field(default_factory=dict)
     region: str = ""
     given: frozenset[int] = frozenset()
 
@@ -104,7 +105,7 @@ class _Taker:
             numeric = flat.is_floating_point() or flat.dtype is torch.bool
             is_mask = numeric and as_pair(flat.view(torch.uint8) if flat.dtype is torch.bool else flat) is not None
             inner = bool(self.region) and address not in self.given
-            maker = self.region if inner else self.makers.get(address, "")
+            maker = self.region if inner else self._maker(address)
             name = (self.node, self.counts[self.node])
             self.counts[self.node] += 1
             is_rounded = flat.is_floating_point() and not is_mask
@@ -113,6 +114,11 @@ class _Taker:
                 Item(name, self.path, self.node, flat.nbytes, flat.numel(), is_rounded, is_mask, maker, inner, dtype)
             )
         return unlinked(tensor)
+
+    def _maker(self, address: int) -> str:
+        """The layer that made what lies at an address; what it made may be gone, and its place taken."""
+        reference, path = self.makers.get(address, (None, ""))
+        return "" if reference is None or reference.expired() else path
 
 
 class _Walker(Interpreter):
@@ -133,7 +139,8 @@ class _Walker(Interpreter):
         found = super().run_node(n)
         taker.region = ""
         if layer is not None and isinstance(found, torch.Tensor):
-            taker.makers[found.untyped_storage().data_ptr()] = str(n.target)
+            storage = found.untyped_storage()
+            taker.makers[storage.data_ptr()] = (StorageWeakRef(storage), str(n.target))
         return found
 
 

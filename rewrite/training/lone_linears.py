@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewrite.graph.layers import TransposedLinear
+from rewrite.graph.nodes import hint_of, tensor_value
 from rewrite.graph.program import Program
 
 from .kept import keeper
@@ -18,13 +20,16 @@ from .kept import keeper
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear layer, or why its input is kept anyway (``obstacle``); ``company`` layers with it are given that input."""
+    """A linear layer, or why its input is kept anyway (``obstacle``); ``company`` layers with it are given that input, which
+    has so many ``rows`` at the example inputs.
+    """
 
     path: str
     types: tuple[str, ...]
     layer: Any
     obstacle: str = ""
     company: int = 1
+    rows: int = 0
 
 
 def lone_linears(program: Program, done: Sequence[type[nn.Module]] = ()) -> list[LinearSite]:
@@ -50,10 +55,16 @@ def lone_linears(program: Program, done: Sequence[type[nn.Module]] = ()) -> list
             layer,
             _obstacle(program, path, layer, calls[path], every, names),
             readers[calls[path][0].all_input_nodes[0]],
+            _rows(calls[path][0].all_input_nodes[0]),
         )
         for path, layer in layers.items()
         if type(layer) not in done and layer.weight.requires_grad
     ]
+
+
+def _rows(source: Node) -> int:
+    value = tensor_value(source)
+    return math.prod(hint_of(size) for size in value.shape[:-1]) if value is not None else 0
 
 
 def _obstacle(

@@ -136,3 +136,12 @@ def test_what_stands_in_the_way_is_named() -> None:
         "c": "it shares its weight with b.weight",
         "twice": "it is called more than once",
     }
+
+
+def test_a_sketch_of_one_row_is_no_estimate() -> None:
+    """A classifier sees a row for each image."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(40, 3))
+    record = rewrite.apply(model, "randomized-linear", args=(torch.randn(2, 5, 6),)).history[-1]
+    assert not record.changed
+    reasons = {skip.path: skip.reason for skip in record.skipped}
+    assert reasons["2"] == "a sketch of one row for 2 is no estimate: take a larger batch, or a larger ratio"
