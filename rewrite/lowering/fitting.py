@@ -11,7 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.fx import Node
@@ -26,6 +26,13 @@ _LAYER = "layer"
 """The name of the user's own layer in an ``nn.Sequential`` with others."""
 
 
+class Gone(NamedTuple):
+    """Of a module that was taken out: whether its readers read its input now, and which children follow in its place."""
+
+    is_bypassed: bool
+    left: tuple[str, ...]
+
+
 @dataclass
 class Fit:
     """Where everything goes.
@@ -34,7 +41,7 @@ class Fit:
     after its layer. ``before`` and ``after``: the paths of layers that stand right before or after a module. ``attributes``:
     values of plain attributes by path and name. ``resized``: parameters of another shape, or that were not there.
     ``modules``: those of the swapped paths whose layer stands for all that a module did. ``adapted``: those of them whose
-    layer needs to be told which of a call's arguments is its own.
+    layer needs to be told which of a call's arguments is its own. ``gone``: the outermost modules that were taken out.
     """
 
     swapped: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -44,6 +51,7 @@ class Fit:
     resized: set[str] = field(default_factory=set)
     modules: set[str] = field(default_factory=set)
     adapted: set[str] = field(default_factory=set)
+    gone: dict[str, Gone] = field(default_factory=dict)
 
     def renamed(self, name: str) -> str:
         """The name in the user's class of a tensor of the program."""
@@ -74,6 +82,7 @@ def fit(program: Program, model: nn.Module) -> Fit:
             error for site, error in refused if site.kind == "remove" and isinstance(attribute(model, site.path), nn.Module)
         )
         raise next(gone, refused[0][1])
+    fitting.fit.gone = fitting.gone()
     return fitting.fit
 
 
@@ -110,7 +119,9 @@ class _Fitting:
                 self._insert(record, site)
             case "remove" if site.path in self.calls.by_path or site.path in self.inserted:
                 pass  # it is back, or came by an edit itself
-            case "rewire" if self._is_settled(site.path):
+            case "remove" if self._can_go(record, site.path):
+                pass
+            case "rewire" if self._is_settled(site.path) or self._makes_way(record, site):
                 pass
             case "renumber":
                 raise RewriteError(
@@ -205,6 +216,35 @@ class _Fitting:
         value = getattr(held, name, None)
         self.fit.attributes[site.path, name] = _plain(change.rpartition(" -> ")[2]) if value is None else value
 
+    def _can_go(self, record: Record, path: str) -> bool:
+        """Whether a module of the user's was taken out, and no layer that came by an edit took over what it gave."""
+        return isinstance(attribute(self.model, path), nn.Module) and not _heirs(record.changes, path) & self.inserted
+
+    def _makes_way(self, record: Record, site: Site) -> bool:
+        """Whether the uses of a node that went with a module read the one before it."""
+        goes = any(s.kind == "remove" and self._can_go(record, s.path) for s in record.changes)
+        return goes and site.detail.rpartition(" uses of ")[2] not in self.nodes
+
+    def gone(self) -> dict[str, Gone]:
+        """The outermost modules that were taken out; the children that are left are in the order of their calls."""
+        sites = [site for record in self.program.history for site in record.changes]
+        taken = {s.path for s in sites if s.kind == "remove"}
+        alive = {*self.calls.by_path, *(path for node in self.program.graph.nodes for _, path, _ in module_stack(node))}
+        alive |= {path[:i] for path in alive for i, letter in enumerate(path) if letter == "."}
+        found: dict[str, Gone] = {}
+        for path in sorted({s.path for s in sites if s.kind in ("remove", "sweep")} - self.inserted - self.modules):
+            is_module = isinstance(attribute(self.model, path), nn.Module) and path not in self.calls.by_path
+            if not taken or not is_module or any(path.startswith(f"{other}.") for other in found):
+                continue
+            left = [p.removeprefix(f"{path}.") for p in self.calls.by_path if p.startswith(f"{path}.")]
+            if left and _heirs(sites, path) and {*left} <= {*dict(attribute(self.model, path).named_children())}:
+                found[path] = Gone(True, tuple(left))
+            elif not left:
+                parts = path.split(".")
+                outer = next(p for i in range(len(parts)) if (p := ".".join(parts[: i + 1])) == path or p not in alive)
+                found[outer] = Gone(bool(_heirs(sites, outer)), ())
+        return found
+
     def _is_settled(self, name: str) -> bool:
         """Whether the node that some uses were rewired to is gone, or came by an edit that is judged itself."""
         node = self.nodes.get(name)
@@ -214,6 +254,12 @@ class _Fitting:
         """Whether a node stands in a module of the user's of which an attribute was set."""
         node = self.nodes.get(name)
         return node is None or any(path in self.sized for _, path, _ in module_stack(node))
+
+
+def _heirs(sites: Sequence[Site], path: str) -> set[str]:
+    """The nodes whose values are read in place of what a layer gave."""
+    words = f" uses of {path.replace('.', '_')}"
+    return {site.path for site in sites if site.kind == "rewire" and site.detail.endswith(words)}
 
 
 def _takes_one(module: nn.Module) -> bool:

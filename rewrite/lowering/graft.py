@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rewrite.graph.tree import Places, tied
 from rewrite.numerics.compare import clone
 from rewrite.numerics.probes import light_copy
 
+from .absent import cached_difference, stand_ins
 from .compared import disagreement
 from .fitting import Fit, fit, followed, joined, unplaced
 from .standing import calls_of, standing
@@ -33,7 +35,9 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
 
     A module that calls children of its own after the replaced layer (a norm with a built-in activation) becomes an
     nn.Sequential of the new layer, ``layer``, and those children; so does one that a layer was inserted right before or
-    after. Parameters may have other shapes where the attributes that your class reads follow.
+    after. Parameters may have other shapes where the attributes that your class reads follow. Where a module was taken out,
+    something stands that your class can call: what gives back its input for a block or a layer that was folded, zeros for a
+    branch that your class adds. Such a copy is compared always, and with a cache where your class has one.
 
     Raises RewriteError, by name, for another class or other shapes; for an edit at a path that is no module of the
     model, or of a module that does more; for a shared module of which one call was edited; for edits of the graph
@@ -42,23 +46,25 @@ def graft(program: Program, model: nn.Module, *, verify: bool = True) -> nn.Modu
     _check_class(program, model)
     _check_shapes(program, model)
     with uncollected():
-        made, layers = _built(program, model)
-    if verify:
+        fitted = fit(program, model)
+        made, layers = _built(program, model, fitted)
+    if verify or fitted.gone:
         take_down(made)
         try:
             _verify(_bare(program), made)
         except (AttributeError, TypeError) as error:  # the class reads what a new layer does not have
-            where = ", ".join(list(layers)[:3])
+            where = ", ".join([*layers, *fitted.gone][:3])
             raise RewriteError(
                 f"your class does not run with the new layers at {where}: {named_line(error)}: save as .pt2"
             ) from error
+    if fitted.gone:
+        _verify_cache(program, model, made)
     hang(made, program.properties)
     return made
 
 
-def _built(program: Program, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _built(program: Program, model: nn.Module, fitted: Fit) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The copy of the model, and the layers of the program that stand in it, by path."""
-    fitted = fit(program, model)
     made = clone(model)
     places = Places(made)
     _load(made, program, fitted, places)
@@ -69,6 +75,9 @@ def _built(program: Program, model: nn.Module) -> tuple[nn.Module, dict[str, nn.
         _set(places, made, path, followed(layers[path], fitted.swapped[path]))
     for path in {**fitted.before, **fitted.after}:
         _set(places, made, path, joined(fitted, path, made.get_submodule(path), layers))
+    for path, layer in stand_ins(model, program, fitted.gone).items():
+        left = [(name, made.get_submodule(f"{path}.{name}")) for name in fitted.gone[path].left]
+        _set(places, made, path, nn.Sequential(OrderedDict([("layer", layer), *left])) if left else layer)
     for (path, name), value in fitted.attributes.items():
         if path not in fitted.swapped:
             setattr(made.get_submodule(path), name, value)
@@ -175,3 +184,10 @@ def _verify(program: Program, made: nn.Module) -> None:
     difference = disagreement(program, made)
     if difference:
         raise RewriteError(f"the grafted model differs from the program {difference}: save the program as .pt2")
+
+
+def _verify_cache(program: Program, model: nn.Module, made: nn.Module) -> None:
+    """With a cache a class may ask a layer that is gone how long it is."""
+    difference = cached_difference(program, model, made)
+    if difference:
+        raise RewriteError(f"your class needs what the passes took out: {difference}; save the program as .pt2")

@@ -58,8 +58,8 @@ def standing(path: str, layer: nn.Module, call: Call, like: torch.Tensor) -> nn.
     if call.is_plain:
         return layer
     args, kwargs = call.arguments
-    fits = [(p, t) for p, t in (*_tensors(args), *_tensors(kwargs)) if (t.shape, t.dtype) == (like.shape, like.dtype)]
-    given = [p for p, _ in _tensors(call.outputs)]
+    fits = [(p, t) for p, t in (*tensors(args), *tensors(kwargs)) if (t.shape, t.dtype) == (like.shape, like.dtype)]
+    given = [p for p, _ in tensors(call.outputs)]
     if len({id(t) for _, t in fits}) != 1 or len(given) != 1:
         raise RewriteError(
             f"the module at {path} is called with {len(fits)} tensors like the one that its new layer is given, "
@@ -92,12 +92,13 @@ def calls_of(model: nn.Module, program: Program, paths: Sequence[str]) -> dict[s
     return found
 
 
-def _tensors(value: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
+def tensors(value: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
+    """The tensors among nested containers, each with its place."""
     if isinstance(value, torch.Tensor):
         yield place, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, inner in items:
-        yield from _tensors(inner, (*place, key))
+        yield from tensors(inner, (*place, key))
 
 
 def _filled(value: Any, place: Place, filling: Any) -> Any:

@@ -298,7 +298,6 @@ def another_function(program: Program, edit: Editor) -> None:
 
 
 SILENT = {
-    "removed": (drop_the_norm, "pass done took norm out"),
     "rewired": (lambda p, e: e.rewire(call_of(p, "norm"), call_of(p, "fc"), lambda u: u.target == "drop"), "rewire at fc"),
     "inserted": (another_function, "insert at mul"),
 }
