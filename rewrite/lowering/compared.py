@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,17 +12,19 @@ from rewrite.graph.program import Program
 from rewrite.graph.tree import on_meta
 from rewrite.numerics.compare import TOLERANCE, Difference, Mode, Run, difference, run
 
+T = TypeVar("T")
+Renamed = Callable[[str], str]
 ROUNDING = 1e-5
 """The largest relative error between two float32 runs of the same operators."""
 
 
-def disagreement(program: Program, made: nn.Module) -> str:
+def disagreement(program: Program, made: nn.Module, renamed: Renamed = str) -> str:
     """How a module differs from a program, in words, empty where it does not: outputs, gradients and buffers in training,
-    outputs and buffers in evaluation.
+    outputs and buffers in evaluation. ``renamed`` says what the module calls a tensor of the program.
 
     Bit for bit, or else in exact arithmetic. Without values nothing is compared.
     """
-    return distance(program, made, ("train", "eval")).words
+    return distance(program, made, ("train", "eval"), renamed=renamed).words
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Distance:
     words: str = ""
 
 
-def distance(program: Program, made: nn.Module, modes: Sequence[Mode], *, gradients: bool = True) -> Distance:
+def distance(
+    program: Program, made: nn.Module, modes: Sequence[Mode], *, gradients: bool = True, renamed: Renamed = str
+) -> Distance:
     """How far a module is from a program in some modes, ``gradients`` in the first of them."""
     if on_meta(made):
         return Distance()
@@ -42,7 +46,7 @@ def distance(program: Program, made: nn.Module, modes: Sequence[Mode], *, gradie
     args, kwargs = program.example_args, dict(program.example_kwargs)
     if "use_cache" in program.module.interface.signature.parameters:
         kwargs.setdefault("use_cache", False)
-    both = _Both(program, made, args, kwargs)
+    both = _Both(program, made, args, kwargs, renamed)
     for mode in modes:
         gap, tolerance = both.gap(mode, gradients=gradients and mode == modes[0])
         if not gap.largest <= tolerance:
@@ -62,6 +66,7 @@ class _Both:
     made: nn.Module
     args: Any
     kwargs: Any
+    renamed: Renamed
     runs: dict[tuple[bool, bool], Run] = field(default_factory=dict)
 
     def gap(self, mode: Mode, *, gradients: bool) -> tuple[Difference, float]:
@@ -80,8 +85,12 @@ class _Both:
         ours = self.runs.get((exact, gradients))
         if ours is None or ours.modal:
             ours = self._run(self.program.module, mode, exact, gradients)
+            ours = replace(ours, gradients=self._named(ours.gradients), buffers=self._named(ours.buffers))
             self.runs[exact, gradients] = ours
         return difference(ours, self._run(self.made, mode, exact, gradients))
+
+    def _named(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        return {self.renamed(name): tensor for name, tensor in tensors.items()}
 
     def _run(self, module: nn.Module, mode: Mode, exact: bool, gradients: bool) -> Run:
         return run(module, self.args, self.kwargs, mode, exact=exact, gradients=gradients, by_layer=False)

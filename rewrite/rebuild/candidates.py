@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -71,11 +71,12 @@ class Observed:
 @dataclass(frozen=True)
 class Sizes:
     """What else a setting may be: one that is not given a size of the program's ``dimensions``, another one a size of its
-    ``inputs``, such as that of images.
+    ``inputs``, such as that of images; a list that says something of each layer lacks those that are ``gone``.
     """
 
     dimensions: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
 
 
 def patterns(shapes: Shapes) -> set[str]:
@@ -96,7 +97,7 @@ def candidates(settings: Mapping[Path, Any], seen: Observed, sizes: Sizes) -> li
     """Every edit of one setting that the observed sizes, and the others, speak for."""
     found: dict[str, Edit] = {}
     for path, value in settings.items():
-        for edit in (*_for_one(path, value, seen, sizes), *_together(path, value, settings, seen)):
+        for edit in (*_for_one(path, value, seen, sizes), *_together(path, value, settings, seen, sizes)):
             if repr(edit.value) != repr(value):
                 found.setdefault(repr(edit.values), edit)
     return sorted(found.values(), key=lambda edit: edit.rank)
@@ -117,12 +118,12 @@ def _for_one(path: Path, value: Any, seen: Observed, sizes: Sizes) -> Iterator[E
         yield from (Edit(path, n, 4) for n in sizes.inputs if value > 1)
 
 
-def _together(path: Path, value: Any, settings: Mapping[Path, Any], seen: Observed) -> Iterator[Edit]:
+def _together(path: Path, value: Any, settings: Mapping[Path, Any], seen: Observed, sizes: Sizes) -> Iterator[Edit]:
     """A count of layers with all lists of that length."""
     for o, n in sorted(seen.counts):
         lists = [(p, v) for p, v in settings.items() if isinstance(v, list | tuple) and len(v) == o]
         if value == o and is_number(value) and lists:
-            longer = [[(p, type(v)(made)) for made in _lengthened(v, n)] for p, v in lists]
+            longer = [[(p, type(v)(made)) for made in _lengthened(v, n, sizes.gone)] for p, v in lists]
             yield from (Edit(path, n, 1, more=tuple(own)) for own in zip(*longer, strict=True))
 
 
@@ -137,11 +138,17 @@ def _for_list(path: Path, value: list[Any] | tuple[Any, ...], seen: Observed, si
             yield from (Edit(path, kind([n] * len(value)), 4) for n in sizes.inputs)
     for o, n in sorted(seen.counts):
         if len(value) == o:
-            yield from (Edit(path, kind(longer), 1) for longer in _lengthened(value, n))
+            yield from (Edit(path, kind(longer), 1) for longer in _lengthened(value, n, sizes.gone))
 
 
-def _lengthened(value: Sequence[Any], length: int) -> Iterator[list[Any]]:
-    """A list that says something of each layer, for another number of them: its period goes on, or its end."""
+def _lengthened(value: Sequence[Any], length: int, gone: Collection[int]) -> Iterator[list[Any]]:
+    """A list that says something of each layer, for another number of them: without those that are gone, or its period goes
+    on, or its end.
+    """
+    left = [item for i, item in enumerate(value) if i not in gone]
+    if len(left) == length:
+        yield left
+        return
     period = next(p for p in range(1, len(value) + 1) if all(value[i] == value[i % p] for i in range(len(value))))
     yield [value[i % period] for i in range(length)]
     yield [value[min(i, len(value) - 1)] for i in range(length)]

@@ -16,7 +16,8 @@ from rewrite.lowering.compared import Distance, distance
 from rewrite.numerics.probes import light_copy
 
 from .candidates import Sizes
-from .makers import AnyMaker, Maker, maker_of
+from .closed import Closed
+from .makers import AnyMaker, ByConfig, Maker, maker_of
 from .search import Edits, fitting
 from .skeleton import shapes_of, without_values
 
@@ -30,10 +31,11 @@ class Fitted:
 
     maker: AnyMaker
     edits: Edits
+    closed: Closed
 
     def module(self, program: Program) -> nn.Module:
         """The user's class, with the values of the program."""
-        return filled(self.maker, self.edits, program)
+        return filled(self.maker, self.edits, program, self.closed)
 
 
 def fit_class(program: Program) -> Fitted:
@@ -42,28 +44,33 @@ def fit_class(program: Program) -> Fitted:
         raise RewriteError("it has no values to compare: it is on the meta device")
     before = dict(program.origin.parameter_shapes)
     maker = maker_of(program.origin.home, before)
-    moved = scattered(program, seed=0)
+    moved, closed = scattered(program, seed=0), Closed.of(before, program.module.state_dict())
 
     def differs(edits: Edits) -> Distance:
+        problem = maker.unwritable(edits) if isinstance(maker, ByConfig) else ""
+        if problem:
+            return Distance(float("inf"), f"and cannot be written: {problem}")
         try:
-            return distance(moved, filled(maker, edits, moved), ("eval",), gradients=False)
+            return distance(moved, filled(maker, edits, moved, closed), ("eval",), gradients=False)
         except Exception as error:  # the class's own code, with settings that do not go together
             return Distance(float("inf"), f"and raises {named_line(error)}")
 
-    edits = fitting(maker, before, shapes_of(program.module), _sizes(program), differs)
-    return Fitted(maker, edits)
+    shapes = {closed.name(name): shape for name, shape in shapes_of(program.module).items()}
+    edits = fitting(maker, before, shapes, _sizes(program, closed), differs)
+    return Fitted(maker, edits, closed)
 
 
-def filled(maker: Maker, edits: Edits, program: Program) -> nn.Module:
+def filled(maker: Maker, edits: Edits, program: Program, closed: Closed) -> nn.Module:
     """A model of the class with copies of the program's tensors, in its mode. Raises what the class raises."""
     with without_values():
         made = maker.build(edits)
     copies: dict[int, Any] = {}
-    state = {name: _copy(tensor, copies) for name, tensor in program.module.state_dict(keep_vars=True).items()}
+    own = program.module.state_dict(keep_vars=True)
+    state = {closed.name(name): _copy(tensor, copies) for name, tensor in own.items()}
     made.load_state_dict(state, strict=True, assign=True)
     for name, buffer in program.module.named_buffers():
-        if name not in state:
-            _follow(made, name, buffer)
+        if name not in own:
+            _follow(made, closed.name(name), buffer)
     return made.train(program.module.training)
 
 
@@ -100,7 +107,8 @@ def scattered(program: Program, seed: int) -> Program:
     return made
 
 
-def _sizes(program: Program) -> Sizes:
+def _sizes(program: Program, closed: Closed) -> Sizes:
     inputs = [v for v in [*program.example_args, *program.example_kwargs.values()] if isinstance(v, torch.Tensor)]
     dims = {dim.size for dim in analyze(program).named.values() if dim.size > 1}
-    return Sizes(tuple(sorted(dims)), tuple(sorted({size for v in inputs for size in v.shape[2:] if size > 1})))
+    images = tuple(sorted({size for v in inputs for size in v.shape[2:] if size > 1}))
+    return Sizes(tuple(sorted(dims)), images, closed.gone)

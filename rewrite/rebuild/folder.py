@@ -48,7 +48,7 @@ def write_class(program: Program, folder: Path, name: str) -> str:
     else:
         words = _write_note(fitted, maker, made, folder, name)
         loaded = _read_note(fitted, maker, folder, made)
-    difference = disagreement(program, loaded.train(program.module.training))
+    difference = disagreement(program, loaded.train(program.module.training), fitted.closed.name)
     if difference:
         raise RewriteError(f"read back by its own class, it differs {difference}")
     return words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from torch import nn
@@ -77,6 +78,15 @@ class ByConfig:
         if self.generation is not None:
             made.generation_config = edited(self.generation, {})
         return made
+
+    def unwritable(self, edits: Mapping[Path, Any]) -> str:
+        """What a configuration says against being written, which may be more than against being used; empty if nothing."""
+        with TemporaryDirectory() as folder:
+            try:
+                edited(self.config, edits).save_pretrained(folder)
+            except Exception as error:  # whatever a library holds against settings
+                return named_line(error)
+        return ""
 
 
 @dataclass(frozen=True)

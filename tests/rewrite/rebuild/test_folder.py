@@ -203,6 +203,35 @@ def test_heads_or_head_size_is_decided_by_the_outputs() -> None:
     assert edits == {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_blocks_that_were_dropped_are_fewer_layers(layer: int, tmp_path: Path) -> None:
+    """The others move up, in lists that say something of each layer too; with a cache it generates the same."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 40, "bos_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "eos_token_id": None}
+    sliding = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 4}
+    torch.manual_seed(0)
+    model, ids = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **sliding, use_sliding_window=True)), torch.arange(18)
+    program = rewrite.apply(model, f"drop-blocks{{layers={layer}}}", kwargs={"input_ids": ids.view(2, 9)}, verify=False)
+    assert rewrite.save(program, tmp_path / "short") == tmp_path / "short"
+    short: Any = Qwen3ForCausalLM.from_pretrained(tmp_path / "short")
+    assert short.config.layer_types == [kind for i, kind in enumerate(sliding["layer_types"]) if i != layer]
+    for mine, own in ((0, 1), (1, 2)) if layer == 0 else ((0, 0), (1, 2)):
+        assert torch.equal(short.model.layers[mine].mlp.up_proj.weight, model.model.layers[own].mlp.up_proj.weight)
+    said = [short.generate(ids[None, :9], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*said)
+
+
+def test_what_is_compared_is_a_block_of_the_old_number(tmp_path: Path) -> None:
+    """Gradients too: a block that moved up has another name in the folder."""
+    program = rewrite.apply(
+        timm_model("test_vit"), "drop-blocks{layers=0}", args=(torch.randn(2, 3, 160, 160),), verify=False
+    )
+    assert rewrite.save(program, tmp_path / "short") == tmp_path / "short"
+    assert json.loads((tmp_path / "short" / "rewrite.json").read_text())["arguments"]["depth"] == 5
+
+
 NOTES: dict[str, tuple[str, str]] = {
     "no JSON": ("{", "cannot be read: "),
     "a list": ("[]", "cannot be read: "),

@@ -1,0 +1,46 @@
+"""Blocks that are gone leave gaps among the numbers of the others, which a class that is built anew does not have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The numbers of which nothing is left, by what stands before them in a name."""
+
+    missing: Mapping[str, frozenset[int]]
+
+    @classmethod
+    def of(cls, before: Iterable[str], after: Iterable[str]) -> Closed:
+        """The gaps among names ``after`` that were none ``before``."""
+        old, new = _numbers(before), _numbers(after)
+        gaps = {place: frozenset(those - new[place]) for place, those in old.items() if place in new}
+        return cls({place: those for place, those in gaps.items() if those})
+
+    def name(self, name: str) -> str:
+        """A name with its numbers moved up to where there is no gap."""
+
+        def moved(match: re.Match[str]) -> str:
+            number = int(match[0])
+            return str(number - sum(other < number for other in self.missing.get(name[: match.start()], ())))
+
+        return _NUMBER.sub(moved, name)
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """The numbers that are gone, where it is the same ones everywhere."""
+        found = {*self.missing.values()}
+        return tuple(sorted(found.pop())) if len(found) == 1 else ()
+
+
+def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for name in names:
+        for match in _NUMBER.finditer(name):
+            found.setdefault(name[: match.start()], set()).add(int(match[0]))
+    return found
