@@ -228,6 +228,10 @@ def _obstacle(program: Program, writes: Writes, site: Site) -> str:
         source = call.all_input_nodes[0]
         result = isinstance(site.layer, _KEEP_RESULT) or (isinstance(site.layer, nn.Hardtanh) and site.layer.inplace)
         kept, what = (call, "result") if result else (source, "input")
+        if kept.op in ("get_attr", "placeholder"):
+            return (
+                f"its input is {'an input of the model' if kept.op == 'placeholder' else kept.target}, which is there anyway"
+            )
         keeps = keeper(program, kept, besides={call})
         if keeps:
             return f"its {what} is kept by {keeps} anyway"

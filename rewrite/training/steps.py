@@ -136,7 +136,8 @@ def _integrals(function: Function, edges: torch.Tensor, density: Density | None)
     middle, half = (cells[1:] + cells[:-1]) / 2, cells.diff() / 2
     offset, outer, inner = (3 / 5) ** 0.5, 5 / 9, 8 / 9
     points = torch.stack([middle - offset * half, middle, middle + offset * half]).requires_grad_()
-    (slope,) = torch.autograd.grad(function(points).sum(), points)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(function(points).sum(), points)
     weights = slope.new_tensor([outer, inner, outer])[:, None]
     weights = weights if density is None else weights * density.at(points.detach())
     found = []

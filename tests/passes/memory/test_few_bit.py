@@ -428,3 +428,23 @@ def weighted(function: Callable[[Tensor], Tensor], borders: Tensor, density: Den
     x = x.detach()
     made = mean_slopes(function, borders, density)[torch.searchsorted(borders, x)]
     return float((density.at(x) * (made - true).square()).mean()) * 200
+
+
+def test_what_is_there_anyway_is_not_kept_again() -> None:
+    """As the rates of a linear recurrence, softplus of a parameter: far out, where the steps would be 0.64 off."""
+
+    class Rates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates, self.up, self.down = nn.Parameter(torch.full((8,), -3.0)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.down(F.gelu(self.up(F.silu(x)))) - F.softplus(self.rates)
+            return found
+
+    record = rewrite.apply(Rates(), "few-bit", args=(X[:, :8],)).history[-1]
+    assert [site.path for site in record.changes if site.kind == "replace layer"] == ["gelu"]
+    assert {skip.path: skip.reason for skip in record.skipped} == {
+        "softplus": "its input is rates, which is there anyway",
+        "silu": "its input is an input of the model, which is there anyway",
+    }
