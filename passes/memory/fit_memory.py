@@ -41,11 +41,12 @@ class FitMemory(Pass):
 
     The budget is a fraction of what eager keeps (0.25) or bytes (4GiB). Least time without loss comes first: blocks, norms
     and activations computed again, masks in one bit, on a GPU tensors moved to the host. Where that does not reach, tensors
-    are compressed so that the gradient gets least noise, and of such plans the fastest is taken: an integer program, with
-    rates measured on this machine and the noise of each tensor measured by a few backward passes (on the data's first call,
-    or the example inputs). What the plan comes to is measured, and the plan made anew while it is over. The report has a row
-    for each tensor, and one for the best plan of each of several sizes: the frontier, which ``rewrite memory --picture``
-    draws. A budget that cannot be met is refused, with the smallest that can.
+    are compressed so that the gradient gets least noise (those that blocks are computed again from too: their rounding
+    counts for all that the block keeps), and of such plans the fastest is taken: an integer program, with rates measured on
+    this machine and the noise of each tensor measured by a few backward passes (on the data's first call, or the example
+    inputs). What the plan comes to is measured, and the plan made anew while it is over. The report has a row for each
+    tensor, and one for the best plan of each of several sizes: the frontier, which ``rewrite memory --picture`` draws. A
+    budget that cannot be met is refused, with the smallest that can.
 
     The forward is the same bit for bit, and so is the gradient where nothing had to be compressed.
 
@@ -101,6 +102,8 @@ class FitMemory(Pass):
             named = f"{choice}: {item.obstacle}" if choice == KEEP and item.obstacle else choice
             operator = "" if item.keeper == item.path.replace(".", "_") else item.keeper
             context.measure(item.path or "(the model)", tensor=operator, bytes=item.bytes, choice=named)
+        for path, choice in plan.blocks.items():
+            context.measure(path, tensor="what it is given", bytes=task.blocks[path].bytes, choice=choice)
         told = f"{reached:,} bytes, {reached / eager:.3f} of eager, {plan.seconds * 1e3:.2f} ms more"
         context.measure("in all", tensor="", bytes=eager, choice=told)
         for each in frontier(task):
@@ -113,7 +116,9 @@ class FitMemory(Pass):
         known = rates(home(program.module))
         nodes = {str(node.target): node for node, _ in program.layers()}
         layers = {p: Again(p, _seconds(program, [nodes[p]], known)) for p, place in found.items() if place.is_layer}
-        blocks, around = _blocks(program, [place.path for place in found.values() if not place.is_layer], known)
+        blocks, around = _blocks(
+            program, [place.path for place in found.values() if not place.is_layer], known, self.min_size
+        )
         costs = Costs(known.packing, known.masking, known.moving, {})
         return Task(items, layers, blocks, around, costs, _GROUP, self.min_size), found
 
@@ -141,8 +146,11 @@ class FitMemory(Pass):
             context.edit.set_property("recompute", adding(None, again) if again else None)
         bits = {MOVE: MOVED, **{f"{each} bits": each for each in LOSSY}}
         chosen = {item.key: bits[c] for item, c in zip(task.items, plan.choices, strict=True) if c in bits}
+        now = inventory(program, context.seed)
+        regions = {f"region {path}": bits[choice] for path, choice in plan.blocks.items() if choice in bits}
+        chosen |= {item.key: regions[item.keeper] for item in now if item.keeper in regions and item.is_rounded}
         value: dict[str, Any] = {"group": _GROUP, "rounding": "stochastic", "min_size": self.min_size}
-        value["bits"] = by_key(inventory(program, context.seed), chosen)
+        value["bits"] = by_key(now, chosen)
         wanted = bool(chosen) or MASK in plan.choices
         if wanted or "saved_tensors" in program.properties:
             context.edit.set_property("saved_tensors", value if wanted else None)
@@ -178,7 +186,7 @@ def _count(node: Node) -> int:
     return found
 
 
-def _blocks(program: Program, paths: Sequence[str], known: Rates) -> tuple[dict[str, Again], dict[str, str]]:
+def _blocks(program: Program, paths: Sequence[str], known: Rates, min_size: int) -> tuple[dict[str, Again], dict[str, str]]:
     """The outermost blocks, with what computing them again costs, and for each node the block around it."""
     outer = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
     blocks: dict[str, Again] = {}
@@ -187,7 +195,11 @@ def _blocks(program: Program, paths: Sequence[str], known: Rates) -> tuple[dict[
         calls = module_calls(program.graph, path)
         seconds = sum(_seconds(program, call.nodes, known) for call in calls)
         given = {n for call in calls for n in call.sources}
-        kept = sum(_count(n) * v.itemsize for n in given if (v := tensor_value(n)) is not None and n.op != "placeholder")
-        blocks[path] = Again(path, seconds, kept)
+        values = [(_count(n), v) for n in given if (v := tensor_value(n)) is not None and n.op != "placeholder"]
+        kept = sum(count * v.itemsize for count, v in values)
+        large = [(count, v) for count, v in values if v.is_floating_point() and count >= min_size]
+        size = large[0][1].itemsize if large else 4
+        numbers = sum(count for count, v in large if v.itemsize == size)
+        blocks[path] = Again(path, seconds, kept, numbers, size)
         around.update((node.name, path) for call in calls for node in call.nodes)
     return blocks, around

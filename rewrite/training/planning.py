@@ -29,11 +29,15 @@ _SLACK = 1.01
 
 @dataclass(frozen=True)
 class Again:
-    """A layer or a block that can be computed again: its seconds, and the bytes of inputs that a block keeps for that."""
+    """A layer or a block that can be computed again: its seconds, the bytes of inputs that a block keeps for that, and how
+    many numbers of ``size`` bytes are among them which can be compressed.
+    """
 
     path: str
     seconds: float
     bytes: int = 0
+    numbers: int = 0
+    size: int = 4
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for each item, which layers and blocks are computed again, and what that comes to."""
+    """What was chosen for each item, which layers and blocks are computed again (with what each block's inputs are kept as),
+    and what that comes to.
+    """
 
     choices: Sequence[str]
     layers: Sequence[str]
-    blocks: Sequence[str]
+    blocks: Mapping[str, str]
     bytes: int
     seconds: float
     noise: float
@@ -120,13 +126,27 @@ class _Model:
         """A choice for each item, one for each layer and block."""
         model = cls(task)
         model.layer_columns = {p: model._add(("layer", p), a.bytes, a.seconds) for p, a in task.layers.items()}
-        model.block_columns = {p: model._add(("block", p), a.bytes, a.seconds) for p, a in task.blocks.items()}
+        model.block_columns = {p: model._add(("block", p), 0, a.seconds) for p, a in task.blocks.items()}
+        for path, block in task.blocks.items():
+            model._inputs(path, block)
         for number, item in enumerate(task.items):
             model._choices(number, item)
         return model
 
     layer_columns: dict[str, int] = field(default_factory=dict)
     block_columns: dict[str, int] = field(default_factory=dict)
+
+    def _inputs(self, path: str, block: Again) -> None:
+        """How a block's inputs are kept, if it is computed again: their rounding disturbs all that it keeps."""
+        made = [self._add(("input", (path, KEEP)), block.bytes, 0.0)]
+        noise = sum(
+            self.task.costs.noise.get(i.key, 0.0) for i in self.task.items if self.task.block_of.get(i.keeper) == path
+        )
+        for bits in LOSSY if block.numbers else ():
+            packed = grouped_bytes(block.numbers, bits, self.task.group, _wide(block.size))
+            kept, seconds = block.bytes - block.numbers * block.size + packed, self.task.costs.packing[bits] * block.numbers
+            made.append(self._add(("input", (path, f"{bits} bits")), kept, seconds, noise / (2**bits - 1) ** 2, lossy=True))
+        self.rows.append(({**dict.fromkeys(made, 1.0), self.block_columns[path]: -1.0}, 0.0, 0.0))
 
     def _choices(self, number: int, item: Item) -> None:
         made = [self._add((KEEP, number), item.bytes, 0.0)]
@@ -193,13 +213,12 @@ class _Model:
     def plan(self, chosen: np.ndarray) -> Plan:
         """The plan that a solution stands for; a layer that no item needs is left out."""
         picked = [name for name, value in zip(self.names, chosen, strict=True) if value]
-        choices = {number: name for name, number in picked if name not in ("layer", "block")}
-        named = {kind: [str(path) for name, path in picked if name == kind] for kind in ("layer", "block")}
+        choices = {number: name for name, number in picked if name not in ("layer", "block", "input")}
         ordered = [choices[number] for number in range(len(self.task.items))]
         return Plan(
             ordered,
-            named["layer"],
-            named["block"],
+            [str(path) for name, path in picked if name == "layer"],
+            dict(of for name, of in picked if name == "input" and isinstance(of, tuple)),
             int(self.bytes @ chosen),
             float(self.seconds @ chosen),
             float(self.noise @ chosen),
