@@ -241,7 +241,8 @@ class _Fitting:
                 found[path] = Gone(True, tuple(left))
             elif not left:
                 parts = path.split(".")
-                outer = next(p for i in range(len(parts)) if (p := ".".join(parts[: i + 1])) == path or p not in alive)
+                around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+                outer = next(p for p in around if p == path or (p not in alive and _is_called(attribute(self.model, p))))
                 found[outer] = Gone(bool(_heirs(sites, outer)), ())
         return found
 
@@ -260,6 +261,10 @@ def _heirs(sites: Sequence[Site], path: str) -> set[str]:
     """The nodes whose values are read in place of what a layer gave."""
     words = f" uses of {path.replace('.', '_')}"
     return {site.path for site in sites if site.kind == "rewire" and site.detail.endswith(words)}
+
+
+def _is_called(module: Any) -> bool:
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _takes_one(module: nn.Module) -> bool:
