@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,6 +72,7 @@ def fit(program: Program, model: nn.Module) -> Fit:
     """Where a program's edits go in a model. Raises RewriteError, by name, for the first that has no place."""
     fitting, refused = _Fitting(program, model), []
     for record in program.history:
+        fitting.makes_way = any(fitting.can_go(site) for site in record.changes)
         for site in record.changes:
             try:
                 fitting.take(record, site)
@@ -96,6 +97,12 @@ class _Fitting:
         self.sized = {site.path for site in sites if site.kind == "set attribute"}
         self.modules = {site.path for site in sites if site.kind == "replace module"}
         self.nodes = {node.name: node for node in program.graph.nodes}
+        self.leaving: list[tuple[Record, Site]] = []
+        self.makes_way = False
+        self.heirs: dict[str, set[str]] = {}
+        for site in sites:
+            if site.kind == "rewire":
+                self.heirs.setdefault(_old(site), set()).add(site.path)
 
     def take(self, record: Record, site: Site) -> None:
         """Find the place of one edit."""
@@ -119,10 +126,10 @@ class _Fitting:
                 self._insert(record, site)
             case "remove" if site.path in self.calls.by_path or site.path in self.inserted:
                 pass  # it is back, or came by an edit itself
-            case "remove" if self._can_go(record, site.path):
-                pass
-            case "rewire" if self._is_settled(site.path) or self._makes_way(record, site):
-                pass
+            case "remove" if self.can_go(site):
+                self.leaving.append((record, site))
+            case "rewire" if self._is_settled(site.path) or (self.makes_way and _old(site) not in self.nodes):
+                pass  # what was read goes with a module, what is read in its place was there
             case "renumber":
                 raise RewriteError(
                     f"pass {record.text} put blocks between those of {site.path}: your instance has as many as it had; save "
@@ -216,34 +223,40 @@ class _Fitting:
         value = getattr(held, name, None)
         self.fit.attributes[site.path, name] = _plain(change.rpartition(" -> ")[2]) if value is None else value
 
-    def _can_go(self, record: Record, path: str) -> bool:
+    def can_go(self, site: Site) -> bool:
         """Whether a module of the user's was taken out, and no layer that came by an edit took over what it gave."""
-        return isinstance(attribute(self.model, path), nn.Module) and not _heirs(record.changes, path) & self.inserted
+        is_module = site.kind == "remove" and isinstance(attribute(self.model, site.path), nn.Module)
+        return is_module and not self._heirs(site.path) & self.inserted
 
-    def _makes_way(self, record: Record, site: Site) -> bool:
-        """Whether the uses of a node that went with a module read the one before it."""
-        goes = any(s.kind == "remove" and self._can_go(record, s.path) for s in record.changes)
-        return goes and site.detail.rpartition(" uses of ")[2] not in self.nodes
+    def _heirs(self, path: str) -> set[str]:
+        """The nodes whose values are read in place of what a layer gave."""
+        return self.heirs.get(path.replace(".", "_"), set())
 
     def gone(self) -> dict[str, Gone]:
         """The outermost modules that were taken out; the children that are left are in the order of their calls."""
-        sites = [site for record in self.program.history for site in record.changes]
-        taken = {s.path for s in sites if s.kind == "remove"}
+        if not self.leaving:
+            return {}
+        sites = [site for record in self.program.history for site in record.changes if site.kind in ("remove", "sweep")]
         alive = {*self.calls.by_path, *(path for node in self.program.graph.nodes for _, path, _ in module_stack(node))}
         alive |= {path[:i] for path in alive for i, letter in enumerate(path) if letter == "."}
         found: dict[str, Gone] = {}
-        for path in sorted({s.path for s in sites if s.kind in ("remove", "sweep")} - self.inserted - self.modules):
-            is_module = isinstance(attribute(self.model, path), nn.Module) and path not in self.calls.by_path
-            if not taken or not is_module or any(path.startswith(f"{other}.") for other in found):
+        for path in sorted({site.path for site in sites} - self.inserted - self.modules - {*self.calls.by_path}):
+            module = attribute(self.model, path)
+            if not isinstance(module, nn.Module) or _within(path, found):
                 continue
-            left = [p.removeprefix(f"{path}.") for p in self.calls.by_path if p.startswith(f"{path}.")]
-            if left and _heirs(sites, path) and {*left} <= {*dict(attribute(self.model, path).named_children())}:
+            left = (
+                [p.removeprefix(f"{path}.") for p in self.calls.by_path if p.startswith(f"{path}.")] if path in alive else []
+            )
+            if left and self._heirs(path) and {*left} <= {*dict(module.named_children())}:
                 found[path] = Gone(True, tuple(left))
             elif not left:
                 parts = path.split(".")
                 around = (".".join(parts[: i + 1]) for i in range(len(parts)))
                 outer = next(p for p in around if p == path or (p not in alive and _is_called(attribute(self.model, p))))
-                found[outer] = Gone(bool(_heirs(sites, outer)), ())
+                found[outer] = Gone(bool(self._heirs(outer)), ())
+        for record, site in self.leaving:
+            if not _within(site.path, found) and not any(path.startswith(f"{site.path}.") for path in found):
+                raise _between(record, site)
         return found
 
     def _is_settled(self, name: str) -> bool:
@@ -257,10 +270,14 @@ class _Fitting:
         return node is None or any(path in self.sized for _, path, _ in module_stack(node))
 
 
-def _heirs(sites: Sequence[Site], path: str) -> set[str]:
-    """The nodes whose values are read in place of what a layer gave."""
-    words = f" uses of {path.replace('.', '_')}"
-    return {site.path for site in sites if site.kind == "rewire" and site.detail.endswith(words)}
+def _old(site: Site) -> str:
+    """The node that was read before some uses were rewired."""
+    return site.detail.rpartition(" uses of ")[2]
+
+
+def _within(path: str, others: Collection[str]) -> bool:
+    """Whether a path is one of others, or in one of them."""
+    return path in others or any(path[:i] in others for i, letter in enumerate(path) if letter == ".")
 
 
 def _is_called(module: Any) -> bool:
