@@ -2,6 +2,7 @@
 
 The history says what was done; what a later pass undid (a layer that is gone, one that is back at its old path) counts no
 more. A layer fits at the path of a module of the user's, or right before or after one, together as an ``nn.Sequential``.
+Where a module was taken out, something has to stand that the class can call: see ``absent``.
 """
 
 from __future__ import annotations
