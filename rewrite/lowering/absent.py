@@ -18,6 +18,7 @@ from rewrite.graph.program import Program
 from rewrite.graph.tree import on_meta
 from rewrite.numerics.compare import clone
 
+from .compared import ROUNDING
 from .fitting import Gone
 from .standing import Call, calls_of, standing, tensors
 
@@ -98,7 +99,7 @@ def cached_difference(program: Program, model: nn.Module, made: nn.Module) -> st
         found = _cached_error(made, program, name)
     except Exception as error:
         return f"with a cache it does not run: {named_line(error)}"
-    return "" if found <= 10 * usual + 1e-4 else f"with a cache it is {found:.1e} off"
+    return "" if found <= 10 * usual + ROUNDING else f"with a cache it is {found:.1e} off"
 
 
 def _cached_error(model: nn.Module, program: Program, name: str) -> float:

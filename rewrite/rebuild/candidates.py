@@ -7,17 +7,15 @@ the lists of that length follow; a setting that is None, or asked for and not th
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from .closed import NUMBER, numbers_of
 from .settings import Path, is_number, written
 from .skeleton import Shapes
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -81,16 +79,12 @@ class Sizes:
 
 def patterns(shapes: Shapes) -> set[str]:
     """The names with a star for every number in them."""
-    return {_NUMBER.sub("*", name) for name in shapes}
+    return {NUMBER.sub("*", name) for name in shapes}
 
 
 def _counts(shapes: Shapes) -> dict[str, int]:
     """How many numbers there are at each place of a name that has one: how many layers."""
-    found: dict[str, set[str]] = {}
-    for name in shapes:
-        for match in _NUMBER.finditer(name):
-            found.setdefault(f"{name[: match.start()]}*", set()).add(match[0])
-    return {place: len(numbers) for place, numbers in found.items()}
+    return {f"{place}*": len(numbers) for place, numbers in numbers_of(shapes).items()}
 
 
 def candidates(settings: Mapping[Path, Any], seen: Observed, sizes: Sizes) -> list[Edit]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Closed:
     @classmethod
     def of(cls, before: Iterable[str], after: Iterable[str]) -> Closed:
         """The gaps among names ``after`` that were none ``before``."""
-        old, new = _numbers(before), _numbers(after)
+        old, new = numbers_of(before), numbers_of(after)
         gaps = {place: frozenset(those - new[place]) for place, those in old.items() if place in new}
         return cls({place: those for place, those in gaps.items() if those})
 
@@ -29,7 +29,7 @@ class Closed:
             number = int(match[0])
             return str(number - sum(other < number for other in self.missing.get(name[: match.start()], ())))
 
-        return _NUMBER.sub(moved, name)
+        return NUMBER.sub(moved, name)
 
     @property
     def gone(self) -> tuple[int, ...]:
@@ -38,9 +38,10 @@ class Closed:
         return tuple(sorted(found.pop())) if len(found) == 1 else ()
 
 
-def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
+def numbers_of(names: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers in names, by what stands before them."""
     found: dict[str, set[int]] = {}
     for name in names:
-        for match in _NUMBER.finditer(name):
+        for match in NUMBER.finditer(name):
             found.setdefault(name[: match.start()], set()).add(int(match[0]))
     return found

@@ -291,6 +291,22 @@ def drop_the_norm(program: Program, edit: Editor) -> None:
     edit.sweep()
 
 
+def test_what_was_removed_gives_back_its_input() -> None:
+    program = after(Net(), drop_the_norm, X)
+    made = rewrite.graft(program, Net())
+    assert type(made.norm) is nn.Identity
+    assert torch.equal(made.eval()(X), program.module.eval()(X))
+
+
+def take_the_norm_over(program: Program, edit: Editor) -> None:
+    """The norm goes, and an operator that came by an edit is read in its place."""
+    call = call_of(program, "norm")
+    made = edit.insert_function(torch.ops.aten.mul.Tensor, (call.all_input_nodes[0], 2.0), after=call)
+    edit.rewire(call, made)
+    edit.remove(call)
+    edit.sweep()
+
+
 def another_function(program: Program, edit: Editor) -> None:
     call = call_of(program, "norm")
     made = edit.insert_function(torch.ops.aten.mul.Tensor, (call, 2.0), after=call)
@@ -298,6 +314,7 @@ def another_function(program: Program, edit: Editor) -> None:
 
 
 SILENT = {
+    "removed": (take_the_norm_over, "pass done took norm out"),
     "rewired": (lambda p, e: e.rewire(call_of(p, "norm"), call_of(p, "fc"), lambda u: u.target == "drop"), "rewire at fc"),
     "inserted": (another_function, "insert at mul"),
 }
